@@ -1,0 +1,222 @@
+"""A Llama-family GGUF file -> `ModelConfig` and parameter tree."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.arrays import TILE, Progress, Task, aligned_arrays, copy_cast, expand, run_tasks
+from checkpoints.errors import UnsupportedCheckpointError
+from checkpoints.gguf import GGUFFile, GGUFTensor
+from checkpoints.llama import Leaf, check_tensors, insert, leaves
+from jpaged.models.config import ModelConfig
+
+SUPPORTED_ARCHITECTURES = ("llama",)
+"""Values of `general.architecture`; llama.cpp files Mistral under "llama" too."""
+
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+def config_from_gguf(file: GGUFFile) -> ModelConfig:
+    """Reads the model's configuration from a GGUF file's metadata.
+
+    Raises:
+        UnsupportedCheckpointError: another architecture, or a feature of it that jpaged does not implement.
+        ModelConfigError: metadata that is missing or out of range.
+    """
+    arch = file.metadata.get("general.architecture")
+    if not isinstance(arch, str) or arch not in SUPPORTED_ARCHITECTURES:
+        raise UnsupportedCheckpointError(
+            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+        )
+    get = partial(_scalar, file, arch)
+    if get("expert_count"):
+        raise UnsupportedCheckpointError(
+            f"{file.path}: mixture-of-experts models are not supported; use a dense one"
+        )
+    heads, hidden = get("attention.head_count"), get("embedding_length")
+    derived = hidden // heads if _positive(heads) and _positive(hidden) else None
+    head_dim = get("attention.key_length", derived)
+    if get("attention.value_length", head_dim) != head_dim:
+        raise UnsupportedCheckpointError(
+            f"{file.path}: keys and values of different widths are not supported"
+        )
+    embedding = file.tensors.get("token_embd.weight")
+    return ModelConfig.from_hf(
+        {
+            "model_type": arch,
+            "vocab_size": embedding.shape[0] if embedding else get("vocab_size"),
+            "hidden_size": hidden,
+            "intermediate_size": get("feed_forward_length"),
+            "num_hidden_layers": get("block_count"),
+            "num_attention_heads": heads,
+            "num_key_value_heads": get("attention.head_count_kv"),
+            "head_dim": head_dim,
+            "max_position_embeddings": get("context_length"),
+            "rms_norm_eps": get("attention.layer_norm_rms_epsilon"),
+            "sliding_window": get("attention.sliding_window") or None,
+            "tie_word_embeddings": "output.weight" not in file.tensors,
+            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
+            "rope_parameters": _rope(
+                file, partial(_scalar, file, f"{arch}.rope"), get("context_length"), head_dim
+            ),
+            "bos_token_id": _scalar(file, "tokenizer.ggml", "bos_token_id"),
+            "eos_token_id": _end_tokens(file),
+            "pad_token_id": _scalar(file, "tokenizer.ggml", "padding_token_id"),
+        }
+    )
+
+
+def params_from_gguf(
+    file: GGUFFile, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Dequantises, transposes and casts all tensors into the tree of `checkpoints.llama`.
+
+    Returns:
+        Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
+
+    Raises:
+        MissingWeightsError: the file's tensors are not those that `config` asks for.
+        UnsupportedCheckpointError: a quantised norm or bias.
+    """
+    wanted = list(leaves(config))
+    check_tensors(
+        str(file.path),
+        {leaf.gguf: leaf.stored_shape for leaf in wanted},
+        {name: tensor.shape for name, tensor in file.tensors.items() if name != _ROPE_FACTORS},
+    )
+    params: dict[str, Any] = {}
+    tasks: list[Task] = []
+    for leaf, array in zip(wanted, aligned_arrays((leaf.shape for leaf in wanted), dtype), strict=True):
+        insert(params, leaf.path, array)
+        tasks += _tasks(file, file.tensors[leaf.gguf], leaf, array)
+    run_tasks(tasks, progress)
+    return params
+
+
+def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
+    """Which row of llama.cpp's q or k each row of the half-rotation layout is: intp [width], width = heads *
+    D.
+
+    llama.cpp rotates neighbours, (2i, 2i + 1); Hugging Face rotates halves, (i, i + D/2). Its converter
+    therefore moves row s * D/2 + i of every head to 2i + s; here is the way back.
+    """
+    return np.arange(width).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+
+
+def _tasks(file: GGUFFile, tensor: GGUFTensor, leaf: Leaf, array: NDArray) -> Iterator[Task]:
+    """Cuts one tensor into ranges of rows of about `TILE` to 1 M weights."""
+    raw = file.rows(tensor)
+    if len(tensor.shape) == 1:
+        if tensor.type.dtype is None:
+            raise UnsupportedCheckpointError(
+                f"{file.path}: {tensor.name!r} is a quantised vector ({tensor.type.name})"
+            )
+        raw, array = raw.reshape(tensor.shape[0], -1), array[:, None]
+    order = half_rotation_order(leaf.rotary_heads, len(raw)) if leaf.rotary_heads else None
+    if leaf.transposed:  # lanes = rows: as many as fill a tile with one block each
+        step = max(64, TILE // tensor.type.block_size) if tensor.type.dtype is None else 512
+    else:
+        step = max(1, (1 << 20) // prod(tensor.shape[1:]))
+    for start in range(0, len(raw), step):
+        part = raw[start : start + step]
+        rows = slice(start, start + len(part))
+        if order is not None:
+            source = partial(raw.__getitem__, order[rows])  # gathers bytes, in the worker
+        else:
+            source = partial(raw.__getitem__, rows)
+        target = array[:, rows] if leaf.transposed else array[rows]
+        last = start + step >= len(raw)
+        yield Task(
+            tensor.name, part.size, partial(_fill, file, tensor, source, target, leaf.transposed, last)
+        )
+
+
+def _fill(
+    file: GGUFFile, tensor: GGUFTensor, source: Any, target: NDArray, transposed: bool, last: bool
+) -> None:
+    raw = source()
+    if tensor.type.dtype is None:
+        expand(raw, tensor.type, target, transpose=transposed)
+    else:
+        values = raw.view(tensor.type.dtype)
+        copy_cast(values.T if transposed else values, target)
+    if (
+        last
+    ):  # keeps the resident set near the size of the parameters; another thread's page is simply read again
+        file.release(tensor)
+
+
+def _scalar(file: GGUFFile, prefix: str, key: str, default: Any = None) -> Any:
+    """metadata["prefix.key"], or `default`; lists are refused."""
+    value = file.metadata.get(f"{prefix}.{key}", default)
+    if isinstance(value, list | np.ndarray):
+        raise UnsupportedCheckpointError(
+            f"{file.path}: {prefix}.{key} is a list; models whose layers differ from each other are not supported"
+        )
+    # A float32 in the file stands for a decimal: 1e-05, not 9.999999747378752e-06.
+    return float(str(np.float32(value))) if isinstance(value, float) else value
+
+
+def _rope(file: GGUFFile, get: Callable[..., Any], context: Any, head_dim: Any) -> dict[str, Any]:
+    """The RoPE metadata in Hugging Face's spelling; `get` reads keys of the rope group."""
+    rope: dict[str, Any] = {"rope_theta": get("freq_base", 10000.0)}
+    rotated = get("dimension_count", head_dim)
+    if _positive(rotated) and _positive(head_dim) and rotated != head_dim:
+        raise UnsupportedCheckpointError(
+            f"{file.path}: only {rotated} of {head_dim} dimensions of a head are rotated, which the Llama family "
+            "does not do"
+        )
+    if _ROPE_FACTORS in file.tensors:
+        return rope | _frequency_factors(file, get("scaling.original_context_length", context))
+    kind = get("scaling.type", "linear" if get("scale_linear") else "none")
+    factor = get("scaling.factor", get("scale_linear"))
+    if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
+        return rope
+    if kind not in ("linear", "yarn"):
+        raise UnsupportedCheckpointError(
+            f"{file.path}: RoPE scaling {kind!r} is not supported; use none, linear or yarn"
+        )
+    rope |= {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        rope |= {
+            "original_max_position_embeddings": get("scaling.original_context_length"),
+            "attention_factor": get("scaling.attn_factor"),
+            "beta_fast": get("scaling.yarn_beta_fast"),
+            "beta_slow": get("scaling.yarn_beta_slow"),
+        }
+    return rope
+
+
+def _frequency_factors(file: GGUFFile, original: Any) -> dict[str, Any]:
+    """Llama 3's scaling, which GGUF keeps as one divisor per frequency instead of the formula's parameters.
+
+    longrope says exactly this if its short and long factors are the same and it leaves the attention scale
+    alone.
+    """
+    tensor = file.tensors[_ROPE_FACTORS]
+    if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
+        raise UnsupportedCheckpointError(f"{file.path}: {_ROPE_FACTORS} must be a float32 vector")
+    factors = file.rows(tensor).view(np.float32)[0].tolist()
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "attention_factor": 1.0,
+        "factor": 1.0,
+        "original_max_position_embeddings": original,
+    }
+
+
+def _end_tokens(file: GGUFFile) -> list[Any]:
+    """End of sequence, and end of turn and of message where the file names them."""
+    ends = [_scalar(file, "tokenizer.ggml", f"{kind}_token_id") for kind in ("eos", "eot", "eom")]
+    return [token for token in ends if token is not None]
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0

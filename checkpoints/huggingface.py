@@ -1,0 +1,186 @@
+"""A Hugging Face folder (config.json, *.safetensors) of the Llama family -> configuration and parameter
+tree."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.arrays import Progress, Task, aligned_arrays, copy_cast, run_tasks
+from checkpoints.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
+from checkpoints.llama import Leaf, check_tensors, insert, leaves
+from checkpoints.safetensors_reader import SafetensorsFile, StoredTensor
+from jpaged.models.config import ModelConfig, token_ids
+
+_INDEX = "model.safetensors.index.json"
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_MAX_JSON = 64 << 20  # bytes; the largest index of a published model is about 10 MB
+
+
+def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    """Reads config.json and generation_config.json.
+
+    Returns:
+        The configuration (end tokens of both files united) and the generation configuration ({} if absent).
+
+    Raises:
+        CheckpointNotFoundError: there is no config.json.
+        CorruptCheckpointError: not JSON, or not an object.
+        UnsupportedCheckpointError: the weights are quantised.
+        ModelConfigError: see `ModelConfig.from_hf`.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise CheckpointNotFoundError(_what_else(folder))
+    raw = read_json(path)
+    if raw.get("quantization_config"):
+        raise UnsupportedCheckpointError(
+            f"{folder}: quantised Hugging Face checkpoints are not supported; load the unquantised one or a GGUF"
+        )
+    config = ModelConfig.from_hf(raw)
+    generation_path = folder / "generation_config.json"
+    generation = read_json(generation_path) if generation_path.is_file() else {}
+    more = token_ids(generation.get("eos_token_id"), "generation_config.eos_token_id", config.vocab_size)
+    return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more))), generation
+
+
+def params_from_folder(
+    folder: Path, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Reads all safetensors of `folder`, tensor by tensor, into the tree of `checkpoints.llama`.
+
+    Returns:
+        Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
+
+    Raises:
+        CheckpointNotFoundError: no weights.
+        CorruptCheckpointError: a damaged file or index.
+        UnsupportedCheckpointError: pickled weights, or an element type that jpaged does not read.
+        MissingWeightsError: the tensors are not those that `config` asks for.
+    """
+    where: dict[str, tuple[SafetensorsFile, StoredTensor]] = {}
+    for path in _weight_files(folder):
+        file = SafetensorsFile(path)
+        for name, tensor in file.tensors.items():
+            if name in where:
+                raise CorruptCheckpointError(
+                    f"{path}: tensor {name!r} is in another file of the checkpoint, too"
+                )
+            where[name] = (file, tensor)
+    wanted = list(leaves(config))
+    check_tensors(
+        str(folder),
+        {leaf.hf: leaf.stored_shape for leaf in wanted},
+        {name: tensor.shape for name, (_, tensor) in where.items() if not _redundant(name, config)},
+    )
+    params: dict[str, Any] = {}
+    tasks: list[Task] = []
+    for leaf, array in zip(wanted, aligned_arrays((leaf.shape for leaf in wanted), dtype), strict=True):
+        file, tensor = where[leaf.hf]
+        insert(params, leaf.path, array)
+        tasks += _tasks(file, tensor, leaf, array)
+    run_tasks(tasks, progress)
+    return params
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parses a JSON object from an untrusted file; raises `CorruptCheckpointError` if it is anything else."""
+    if path.stat().st_size > _MAX_JSON:
+        raise CorruptCheckpointError(f"{path}: larger than {_MAX_JSON} bytes, which no configuration is")
+    try:
+        value = json.loads(path.read_bytes())
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: bad JSON, bad UTF-8, integers of thousands of digits
+        raise CorruptCheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError(
+            f"{path}: expected a JSON object, found {type(value).__name__}; download it again"
+        )
+    return value
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the checkpoint, by the index if there is one."""
+    if (folder / _INDEX).is_file():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
+        if not names or not all(_plain_name(name) for name in names):
+            raise CorruptCheckpointError(
+                f"{folder / _INDEX}: weight_map must map tensors to files of this folder"
+            )
+        absent = [name for name in names if not (folder / name).is_file()]
+        if absent:
+            raise CheckpointNotFoundError(
+                f"{folder}: shards are missing, download them: {', '.join(sorted(absent))}"
+            )
+        return [folder / name for name in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    raise _no_weights(folder)
+
+
+def _plain_name(name: Any) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and os.path.basename(name) == name
+
+
+def _no_weights(folder: Path) -> Exception:
+    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    if pickles:
+        return UnsupportedCheckpointError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read, so jpaged never does; download "
+            "the model's safetensors or convert it (https://huggingface.co/spaces/safetensors/convert)"
+        )
+    return CheckpointNotFoundError(
+        f"{folder}: there is neither model.safetensors nor {_INDEX}; download the weights"
+    )
+
+
+def _what_else(folder: Path) -> str:
+    gguf = sorted(folder.glob("*.gguf"))
+    hint = f"pass the file {gguf[0]} itself" if gguf else "pass a Hugging Face model folder or a .gguf file"
+    return f"{folder}: there is no config.json in this folder; {hint}"
+
+
+def _redundant(name: str, config: ModelConfig) -> bool:
+    """Tensors that old or tied checkpoints hold and nobody needs."""
+    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
+    return tied_head or name.endswith(".rotary_emb.inv_freq")
+
+
+def _tasks(file: SafetensorsFile, tensor: StoredTensor, leaf: Leaf, array: NDArray) -> Iterator[Task]:
+    """Cuts one tensor into ranges of rows of about 1 M weights."""
+    source = file.read(tensor)
+    step = max(256, (1 << 20) // (source.size // len(source)))
+    for start in range(0, len(source), step):
+        rows = slice(start, start + step)
+        target = array[:, rows] if leaf.transposed else array[rows]
+        last = start + step >= len(source)
+        part = source[rows]
+        yield Task(
+            tensor.name, part.nbytes, partial(_copy, file, tensor, part, target, leaf.transposed, last)
+        )
+
+
+def _copy(
+    file: SafetensorsFile,
+    tensor: StoredTensor,
+    source: NDArray,
+    target: NDArray,
+    transposed: bool,
+    last: bool,
+) -> None:
+    copy_cast(source.T if transposed else source, target)
+    if last:  # keeps the resident set near the size of the parameters
+        file.release(tensor)

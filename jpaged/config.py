@@ -1,0 +1,72 @@
+"""EngineConfig: every argument of the engine, in one frozen dataclass. The CLI's flags and help come from here."""
+
+import dataclasses
+from typing import Literal
+
+from jpaged.errors import InvalidConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Arguments of `LLM` and `LLMEngine`. Names are vLLM's where vLLM has the thing.
+
+    Raises:
+      InvalidConfigError: a value is out of range.
+    """
+
+    model: str = "smollm2-135m"
+    """A short name (smollm2-135m), a .gguf file, a Hugging Face folder, or a hub id."""
+    tokenizer: str | None = None
+    """Folder or hub id of another tokenizer; None: the model's own."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and KV cache. auto: float32 on CPU, bfloat16 on GPU."""
+    seed: int = 0
+    """Root of the random keys of requests that bring no seed of their own."""
+    max_model_len: int | None = None
+    """Most tokens of a sequence, prompt included; None: the model's own, but at most 8192."""
+    max_num_seqs: int | None = None
+    """Most sequences running at once; None: 64 on CPU, 256 on GPU."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one step; None: 576 on CPU, 2048 on GPU. Smaller: shorter waits between tokens."""
+    block_size: int = 16
+    """Tokens of one KV cache block."""
+    num_gpu_blocks_override: int | None = None
+    """Blocks of the pool (on whatever device), instead of a memory budget."""
+    kv_cache_memory_bytes: int | None = None
+    """Bytes for the KV cache; None: see gpu_memory_utilization (GPU), or a tenth of free memory (CPU)."""
+    gpu_memory_utilization: float = 0.92
+    """Share of the GPU's memory for weights, step and KV cache together."""
+    enable_prefix_caching: bool = True
+    """Keep full blocks after use and share them between requests that begin alike."""
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    """fcfs: by arrival. priority: by the request's priority (smaller first), then by arrival."""
+    watermark: float = 0.01
+    """Share of the blocks that admission leaves free."""
+    prefill_tile_size: int = 32
+    """Tokens of one tile: prompts are computed in pieces of this size, several of them in one step."""
+    warmup: bool = True
+    """Compile every step shape before the first request; False: each when it is first needed."""
+    compilation_cache_dir: str | None = None
+    """Where compiled steps are kept between starts; None: the user's cache folder; "": nowhere."""
+
+    def __post_init__(self) -> None:
+        self._at_least(1, "block_size", "prefill_tile_size", "max_model_len", "max_num_seqs",
+                       "max_num_batched_tokens", "kv_cache_memory_bytes")
+        self._at_least(2, "num_gpu_blocks_override")
+        for name, low, high in (("gpu_memory_utilization", 0.0, 1.0), ("watermark", -1e-9, 0.5)):
+            if not low < getattr(self, name) <= high:
+                raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be above {max(low, 0):g} and at most {high:g}.")
+        if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.prefill_tile_size:
+            raise InvalidConfigError(f"max_num_batched_tokens={self.max_num_batched_tokens} is below "
+                                     f"prefill_tile_size={self.prefill_tile_size}: no prompt could be computed.")
+        for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("scheduling_policy", ("fcfs", "priority"))):
+            if getattr(self, name) not in allowed:
+                raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
+
+    def _at_least(self, low: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise InvalidConfigError(f"{name}={value!r} must be an integer of at least {low}.")

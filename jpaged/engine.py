@@ -1,0 +1,200 @@
+"""LLMEngine: add_request -> schedule -> launch -> read -> commit -> outputs.
+
+    step():   plan = scheduler.schedule()            host, while the device computes the step before
+              launched = runner.launch(plan)         goes onto the device's queue
+              outputs = read and commit the step before
+"""
+
+import collections
+import itertools
+import time
+from collections.abc import Iterable
+
+from jpaged.config import EngineConfig
+from jpaged.errors import EngineDeadError, InvalidRequestError
+from jpaged.output_processor import OutputProcessor
+from jpaged.outputs import RequestMetrics, RequestOutput
+from jpaged.runtime.runner import StepResult
+from jpaged.runtime.state import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_SUPPRESSED
+from jpaged.sampling_params import SamplingParams
+from jpaged.sequence import FinishReason, Sequence, SequenceGroup
+from jpaged.startup import Components, build
+from jpaged.tokenization import Prompt, encode_prompt
+
+_SEED_MASK = (1 << 64) - 1
+
+
+class LLMEngine:
+    """A continuous-batching engine over one model. Not thread-safe: one thread adds, aborts and steps.
+
+    Args:
+      config: the engine's arguments; or give them as keywords.
+      components: what `jpaged.startup.build` makes of the config; None: it is called here.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, *, components: Components | None = None, **arguments) -> None:
+        self.config = config or EngineConfig(**arguments)
+        parts = components or build(self.config)
+        self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
+        self.eos_token_ids = parts.eos_token_ids
+        self.max_model_len = parts.max_model_len
+        self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
+        self._outputs = OutputProcessor(self.tokenizer, self._stop)
+        self._groups: dict[str, SequenceGroup] = {}
+        self._arrivals = itertools.count()
+        self._in_flight: collections.deque[StepResult] = collections.deque()
+        self._failure: BaseException | None = None
+        self._aborted: list[SequenceGroup] = []
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *,
+                    priority: int = 0) -> None:
+        """Queues a request.
+
+        Args:
+          request_id: unique among the unfinished requests.
+          prompt: text, chat or token ids; see `jpaged.tokenization`.
+          params: how to sample; None: `SamplingParams()`.
+          priority: smaller is served first; needs scheduling_policy="priority".
+
+        Raises:
+          InvalidRequestError: it can't be served as asked. Nothing else is affected.
+          EngineDeadError: a step has failed before.
+        """
+        self._check_alive()
+        if request_id in self._groups:
+            raise InvalidRequestError(f"request id {request_id!r} is in use by an unfinished request.")
+        if priority and self.config.scheduling_policy != "priority":
+            raise InvalidRequestError('priority needs an engine with scheduling_policy="priority".')
+        params = SamplingParams() if params is None else params
+        text, tokens, salt = encode_prompt(prompt, self.tokenizer)
+        self._check_prompt(tokens)
+        self._check_params(params)
+        arrival = next(self._arrivals)
+        seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
+        group = SequenceGroup(request_id, text, tokens, params, seed & _SEED_MASK, (priority, arrival),
+                              RequestMetrics(arrival_time=time.monotonic()), salt)
+        wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        group.sequences = [Sequence(group, i, list(tokens), min(wanted, self.max_model_len),
+                                    eos | frozenset(params.stop_token_ids)) for i in range(params.n)]
+        self.scheduler.add(group)
+        self._groups[request_id] = group
+
+    def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests, whatever they are doing; the next step returns what they had. Unknown ids are ignored."""
+        for one in [request_id] if isinstance(request_id, str) else list(request_id):
+            group = self._groups.pop(one, None)
+            if group is not None:
+                for sequence in group.unfinished:
+                    self.scheduler.finish(sequence, FinishReason.ABORT)
+                self._aborted.append(group)
+
+    abort_request = abort
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._groups)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything left to do or to return."""
+        return bool(self._groups or self._aborted or self._in_flight)
+
+    # -------------------------------------------------------------------------------------------------- step
+
+    def step(self) -> list[RequestOutput]:
+        """Launches the next step and returns what the one before it brought.
+
+        Raises:
+          EngineDeadError: the device failed; every unfinished request is lost.
+        """
+        self._check_alive()
+        try:
+            outputs = self._step()
+        except Exception as error:
+            self._failure = error
+            raise EngineDeadError(f"a step failed and the engine can't go on: {type(error).__name__}: {error}") from error
+        outputs += [self._outputs.output(group) for group in self._aborted]
+        self._aborted = []
+        return outputs
+
+    def _step(self) -> list[RequestOutput]:
+        outputs: list[RequestOutput] = []
+        while len(self._in_flight) > 1:  # only after an interrupt (Ctrl-C) while a step was waited for
+            outputs += self._commit()
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            for sequence in plan.admitted:
+                self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
+            self._in_flight.append(self.runner.launch(plan))
+        if len(self._in_flight) > 1 or (self._in_flight and plan is None):
+            outputs += self._commit()
+        return outputs
+
+    def _commit(self) -> list[RequestOutput]:
+        """Waits for the oldest step in flight and enters its tokens."""
+        result = self._in_flight[0]
+        results, prompt_scores = result.read()
+        self._in_flight.popleft()
+        tokens = results[result.plan.result_rows, 0].tolist()
+        received = self.scheduler.commit(result.plan, tokens)
+        outputs = self._outputs.process(result.plan, received, results, prompt_scores)
+        for output in outputs:
+            if output.finished:
+                self._groups.pop(output.request_id, None)
+        return outputs
+
+    def _stop(self, sequence: Sequence, stop: str) -> None:
+        if sequence.finished:  # by a length limit or stop token that came with it: the text decides
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, stop
+        else:
+            self.scheduler.finish(sequence, FinishReason.STOP, stop)
+
+    # ------------------------------------------------------------------------------------------------ checks
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine stopped at an earlier error: {self._failure}") from self._failure
+
+    def _check_prompt(self, tokens: list[int]) -> None:
+        vocab = self.model_config.vocab_size
+        if not tokens:
+            raise InvalidRequestError("the prompt is empty: there is nothing to continue from. Pass at least one token.")
+        if len(tokens) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {len(tokens)} tokens, and with max_model_len={self.max_model_len} at most "
+                f"{self.max_model_len - 1} leave room for an answer: shorten it or raise max_model_len.")
+        for token in tokens:
+            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
+                raise InvalidRequestError(f"token id {token!r} lies outside the vocabulary [0, {vocab}).")
+
+    def _check_params(self, params: SamplingParams) -> None:
+        vocab = self.model_config.vocab_size
+        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+            for token in getattr(params, name) or ():
+                if token >= vocab:
+                    raise InvalidRequestError(f"{name}: token id {token} lies outside the vocabulary [0, {vocab}).")
+        if (params.stop or params.bad_words) and self.tokenizer is None:
+            raise InvalidRequestError("stop strings and bad_words need a tokenizer, and this engine has none.")
+        stops = self.eos_token_ids | set(params.stop_token_ids)
+        if len(stops) > MAX_SUPPRESSED:
+            raise InvalidRequestError(f"{len(stops)} stop tokens are too many; at most {MAX_SUPPRESSED}.")
+        words = self._bad_words(params)
+        if params.allowed_token_ids is not None:
+            left = set(params.allowed_token_ids) - {w[0] for w in words if len(w) == 1}
+            if not left - (stops if params.min_tokens else set()):
+                raise InvalidRequestError("allowed_token_ids, bad_words and min_tokens together leave no token to generate.")
+
+    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
+        """The token sequences of the request's bad words, each with and without a leading space."""
+        sequences: list[list[int]] = []
+        for word in params.bad_words:
+            for text in dict.fromkeys((word, " " + word.lstrip())):
+                tokens = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
+                if len(tokens) > MAX_BAD_WORD_TOKENS:
+                    raise InvalidRequestError(f"bad word {word!r} is {len(tokens)} tokens long; at most "
+                                              f"{MAX_BAD_WORD_TOKENS} are watched for.")
+                if tokens:
+                    sequences.append(tokens)
+        return sequences[:MAX_BAD_SEQUENCES]

@@ -1,0 +1,129 @@
+"""LLM: the offline API. Prompts in, finished outputs back in their order."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from jpaged.config import EngineConfig
+from jpaged.engine import LLMEngine
+from jpaged.errors import InvalidRequestError
+from jpaged.outputs import RequestOutput
+from jpaged.progress import Progress
+from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.tokenization import Chat, Prompt, is_chat, render_chat
+
+if TYPE_CHECKING:
+    from jpaged.tokenization import Tokenizer
+
+import dataclasses
+
+
+class LLM:
+    """A model that generates text.
+
+        llm = LLM(model="smollm2-135m")
+        llm.generate(["Once upon a time"], SamplingParams(temperature=0.8, max_tokens=32))
+        llm.chat([{"role": "user", "content": "What is JAX?"}])
+
+    Args:
+      model: a short name (smollm2-135m), a .gguf file, a Hugging Face folder, or a hub id.
+      **arguments: the other fields of `EngineConfig`.
+
+    Raises:
+      TypeError: an argument that jpaged does not have.
+      InvalidConfigError, OutOfMemoryError, checkpoints.CheckpointError: see `jpaged.startup.build`.
+    """
+
+    def __init__(self, model: str = "smollm2-135m", **arguments) -> None:
+        self.engine = LLMEngine(EngineConfig(model=model, **arguments))
+        self._next_id = 0
+
+    def get_tokenizer(self) -> "Tokenizer | None":
+        return self.engine.tokenizer
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Continues prompts.
+
+        Args:
+          prompts: one prompt or several; each a string, a chat, {"prompt": ...} or {"prompt_token_ids": [...]}.
+          sampling_params: one for all, or one for each prompt.
+          use_tqdm: whether to show progress (on a terminal).
+          priority: one for each prompt, with scheduling_policy="priority".
+
+        Returns: one finished output for each prompt, in order.
+
+        Raises:
+          InvalidRequestError: a prompt or its parameters can't be served. None of the call's prompts is run.
+        """
+        many = _as_list(prompts)
+        if not isinstance(sampling_params, Sequence):
+            sampling_params = [sampling_params or SamplingParams()] * len(many)
+        if len(sampling_params) != len(many) or (priority is not None and len(priority) != len(many)):
+            raise InvalidRequestError(f"{len(many)} prompts need as many sampling_params and priorities, or one for all.")
+        ids: list[str] = []
+        try:
+            for i, (prompt, params) in enumerate(zip(many, sampling_params, strict=True)):
+                request_id = f"llm-{self._next_id}"
+                self._next_id += 1
+                params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
+                self.engine.add_request(request_id, prompt, params, priority=priority[i] if priority else 0)
+                ids.append(request_id)
+            return self._run(ids, use_tqdm)
+        except BaseException:  # an error or Ctrl-C: nothing of this call stays behind
+            self.engine.abort(ids)
+            raise
+
+    def chat(
+        self,
+        messages: Chat | Sequence[Chat],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[RequestOutput]:
+        """Answers chats through the model's own template; see `generate`.
+
+        Args:
+          messages: one chat or several; a chat is a list of {"role": ..., "content": ...}.
+          add_generation_prompt: begin an answer of the assistant.
+          continue_final_message: continue the last message instead.
+        """
+        chats: list[Chat] = [messages] if is_chat(messages) else list(messages)  # type: ignore[list-item]
+        tokenizer = self.engine.tokenizer
+        prompts: list[Prompt] = []
+        for chat in chats:
+            text = render_chat(chat, tokenizer, continue_final_message=continue_final_message,
+                               add_generation_prompt=add_generation_prompt and not continue_final_message)
+            tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
+            prompts.append({"prompt": text, "prompt_token_ids": tokens})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets the blocks kept from earlier requests."""
+        self.engine.blocks.reset_prefix_cache()
+
+    def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        tokens = 0
+        with Progress("generating", total=len(ids), disable=None if use_tqdm else True) as progress:
+            while len(finished) < len(ids):
+                for output in self.engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        tokens += sum(len(o.token_ids) for o in output.outputs)
+                        progress.note(f"{tokens} tokens")
+                        progress.advance()
+        return [finished[i] for i in ids]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | dict) or is_chat(prompts):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]

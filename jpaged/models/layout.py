@@ -1,0 +1,30 @@
+"""PagedLayout: where a paged forward pass finds and puts keys and values."""
+
+from typing import NamedTuple
+
+import jax
+
+
+class PagedLayout(NamedTuple):
+    """The memory side of one paged forward pass over T = R + P * C tokens.
+
+    The tokens are those of the decode lane (R rows, one token each) followed by those of the prefill lane
+    (P tiles of C tokens). A tile's tokens are consecutive positions of one sequence; a long chunk of a prompt
+    is several tiles. All K and V of a step are written before any of them is read, so tiles of one sequence
+    see each other.
+    """
+
+    slots: jax.Array  # int32 [T]: block * block_size + offset, where each token's K and V go
+    decode_tables: jax.Array  # int32 [R, W]: block tables
+    decode_lengths: jax.Array  # int32 [R]: tokens to attend to, the row's own included; 0 for padding
+    prefill_tables: jax.Array  # int32 [P, W]
+    prefill_starts: jax.Array  # int32 [P]: position of the tile's first token
+    prefill_lengths: jax.Array  # int32 [P]: real tokens of the tile; 0 for padding
+
+    @property
+    def num_decodes(self) -> int:
+        return self.decode_tables.shape[0]
+
+    @property
+    def num_tiles(self) -> int:
+        return self.prefill_tables.shape[0]

@@ -1,0 +1,186 @@
+"""OutputProcessor: from committed tokens to `RequestOutput`s: text, stop strings, log-probabilities."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt, RequestOutput
+from jpaged.sampling_params import RequestOutputKind
+from jpaged.scheduling import StepPlan
+from jpaged.sequence import FinishReason, Sequence, SequenceGroup
+from jpaged.tokenization import Detokenizer, find_stop, held_back
+
+if TYPE_CHECKING:
+    from jpaged.tokenization import Tokenizer
+
+
+@dataclasses.dataclass(slots=True)
+class _Shown:
+    """What the user has been given of a sequence (output_kind DELTA), and its text so far."""
+
+    detokenizer: Detokenizer | None
+    num_pushed: int = 0
+    final_text: str | None = None
+    num_tokens: int = 0
+    num_chars: int = 0
+
+
+class OutputProcessor:
+    """Follows the requests of an engine from their first token to their last.
+
+    Args:
+      tokenizer: None: outputs have no text.
+      stop: called with a sequence and the stop string that its text contains.
+    """
+
+    def __init__(self, tokenizer: "Tokenizer | None", stop: Callable[[Sequence, str], None]) -> None:
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._shown: dict[Sequence, _Shown] = {}
+
+    def process(self, plan: StepPlan, received: list[Sequence], results: np.ndarray,
+                prompt_scores: np.ndarray | None) -> list[RequestOutput]:
+        """The outputs that one step's results give rise to.
+
+        Args:
+          received: the sequences that got a token.
+          results: int32 [N, columns] as `runtime.sampler.sample` returns them.
+          prompt_scores: int32 [P * C, columns], or None.
+        """
+        if prompt_scores is not None:
+            self._take_prompt_scores(plan, prompt_scores)
+        if plan.variant.num_logprobs >= 0:
+            self._take_logprobs(plan, set(received), results)
+        now = time.monotonic()
+        touched: dict[SequenceGroup, None] = {}
+        for sequence in received:
+            group = sequence.group
+            if group.metrics.first_token_time is None:
+                group.metrics.first_token_time = now
+            if group.params.stop:
+                self._look_for_stop(sequence)
+            if group.finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+                touched[group] = None
+        return [self.output(group) for group in touched]
+
+    def output(self, group: SequenceGroup) -> RequestOutput:
+        """A group's output as its `output_kind` has it; a finished group is forgotten."""
+        if group.finished:
+            group.metrics.finished_time = time.monotonic()
+        outputs = [self._completion(sequence) for sequence in group.sequences]
+        if group.finished:
+            for sequence in group.sequences:
+                self._shown.pop(sequence, None)
+        return RequestOutput(
+            request_id=group.request_id, prompt=group.prompt, prompt_token_ids=group.prompt_token_ids,
+            prompt_logprobs=group.prompt_logprobs, outputs=outputs, finished=group.finished, metrics=group.metrics,
+            num_cached_tokens=group.num_cached_tokens)
+
+    def _completion(self, sequence: Sequence) -> CompletionOutput:
+        params, shown = sequence.group.params, self._state(sequence)
+        text, tokens = self._text(sequence), sequence.output_token_ids
+        logprobs = sequence.logprobs if params.logprobs is not None else None
+        if params.output_kind is RequestOutputKind.DELTA:
+            text_end, tokens_end = len(text), len(tokens)
+            text, tokens = text[shown.num_chars :], tokens[shown.num_tokens :]
+            logprobs = None if logprobs is None else logprobs[shown.num_tokens :]
+            shown.num_chars, shown.num_tokens = text_end, tokens_end
+        return CompletionOutput(
+            index=sequence.index, text=text, token_ids=tokens,
+            cumulative_logprob=None if params.logprobs is None else sequence.cumulative_logprob,
+            logprobs=None if logprobs is None else list(logprobs),
+            finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
+            stop_reason=sequence.stop_reason)
+
+    # -------------------------------------------------------------------------------------------------- text
+
+    def _state(self, sequence: Sequence) -> _Shown:
+        shown = self._shown.get(sequence)
+        if shown is None:
+            group = sequence.group
+            detokenizer = None
+            if self._tokenizer is not None and group.params.detokenize:
+                detokenizer = Detokenizer(self._tokenizer, group.prompt_token_ids, group.params.skip_special_tokens)
+            shown = self._shown[sequence] = _Shown(detokenizer)
+        return shown
+
+    def _advance(self, sequence: Sequence) -> tuple[Detokenizer | None, int]:
+        """Detokenises what is new; returns how many characters that gave."""
+        shown = self._state(sequence)
+        if shown.detokenizer is None:
+            return None, 0
+        first = len(sequence.group.prompt_token_ids) + shown.num_pushed
+        new = sequence.tokens[first:]
+        shown.num_pushed += len(new)
+        by_token = sequence.finish_reason is FinishReason.STOP and not isinstance(sequence.stop_reason, str)
+        if by_token and not sequence.group.params.include_stop_str_in_output:
+            new = new[:-1]  # the token that ended it is not part of the text
+        return shown.detokenizer, len(shown.detokenizer.push(new))
+
+    def _look_for_stop(self, sequence: Sequence) -> None:
+        detokenizer, new = self._advance(sequence)
+        if detokenizer is None or not new:
+            return
+        params = sequence.group.params
+        found = find_stop(detokenizer.text, new, params.stop)  # type: ignore[arg-type]  # normalised to a tuple
+        if found is not None:
+            at, stop = found
+            shown = self._state(sequence)
+            shown.final_text = detokenizer.text[: at + len(stop) if params.include_stop_str_in_output else at]
+            self._stop(sequence, stop)
+
+    def _text(self, sequence: Sequence) -> str:
+        shown = self._state(sequence)
+        if shown.final_text is not None:
+            return shown.final_text
+        detokenizer, _ = self._advance(sequence)
+        if detokenizer is None:
+            return ""
+        if sequence.finished:
+            detokenizer.finish()
+            return detokenizer.text
+        stops: tuple[str, ...] = sequence.group.params.stop  # type: ignore[assignment]
+        return detokenizer.text[: len(detokenizer.text) - held_back(detokenizer.text, stops)]
+
+    # ----------------------------------------------------------------------------------------- log-probabilities
+
+    def _take_logprobs(self, plan: StepPlan, received: set[Sequence], results: np.ndarray) -> None:
+        for sequence, row in zip(plan.sampling, plan.result_rows, strict=True):
+            wanted = sequence.group.params.logprobs
+            if wanted is not None and sequence in received:
+                at = self._logprobs_at(results[row], wanted, plan.variant.num_logprobs)
+                sequence.logprobs.append(at)
+                sequence.cumulative_logprob += at[int(results[row, 0])].logprob
+
+    def _take_prompt_scores(self, plan: StepPlan, scores: np.ndarray) -> None:
+        size = len(scores) // plan.bucket.prefill_tiles
+        for i, (sequence, _, start, length, _) in enumerate(plan.tiles):
+            group = sequence.group
+            wanted, prompt = group.params.prompt_logprobs, group.prompt_token_ids
+            if wanted is None or sequence.index != 0:
+                continue
+            if group.prompt_logprobs is None:
+                group.prompt_logprobs = [None]  # nothing predicts the first token
+            known = group.prompt_logprobs
+            for j in range(length):
+                # After a preemption the first positions come again: only what is next is taken.
+                if start + j + 1 == len(known) and len(known) < len(prompt):
+                    row = np.concatenate([[prompt[len(known)]], scores[i * size + j]]).astype(np.int32)
+                    known.append(self._logprobs_at(row, wanted, plan.variant.num_logprobs))
+
+    def _logprobs_at(self, row: np.ndarray, wanted: int, width: int) -> LogprobsAt:
+        """A results row as a dict: the chosen token first, then the most likely ones."""
+        token, rank = int(row[0]), int(row[2])
+        floats = row.view(np.float32)
+        at = {token: Logprob(float(floats[1]), rank, self._decode(token))}
+        for k in range(wanted):
+            other = int(row[3 + k])
+            if other != token:
+                at[other] = Logprob(float(floats[3 + width + k]), k + 1, self._decode(other))
+        return at
+
+    def _decode(self, token: int) -> str | None:
+        return None if self._tokenizer is None else self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)

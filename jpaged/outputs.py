@@ -1,0 +1,67 @@
+"""What the engine gives back. Names and fields are vLLM's."""
+
+import dataclasses
+from typing import NamedTuple
+
+
+class Logprob(NamedTuple):
+    """One token's log-probability under the model's raw distribution."""
+
+    logprob: float
+    rank: int | None
+    """1 for the most likely token of the vocabulary."""
+    decoded_token: str | None
+
+
+LogprobsAt = dict[int, Logprob]
+"""One position: token id -> Logprob, for the chosen token and the most likely ones."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class CompletionOutput:
+    """One generated sequence of a request."""
+
+    index: int
+    """Which of the n samples."""
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None
+    """Sum of the chosen tokens' log-probabilities; None unless logprobs were asked for."""
+    logprobs: list[LogprobsAt] | None
+    finish_reason: str | None = None
+    """None while running; then one of stop, length, abort, error."""
+    stop_reason: int | str | None = None
+    """The stop string or stop token that ended it; None for the end-of-sequence token and the rest."""
+
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestMetrics:
+    """Seconds on `time.monotonic`'s clock."""
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+    num_preemptions: int = 0
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token_time is None else self.first_token_time - self.arrival_time
+
+
+@dataclasses.dataclass(kw_only=True)
+class RequestOutput:
+    """A request's state at one moment."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[LogprobsAt | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int
+    """Prompt tokens whose K and V came from the prefix cache."""

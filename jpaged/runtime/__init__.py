@@ -1,0 +1,1 @@
+"""The device side: the pool, the jitted step, the sampler."""

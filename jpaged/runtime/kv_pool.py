@@ -1,0 +1,82 @@
+"""The KV pool: all blocks of all layers, as one array a layer, and how many of them the memory budget gives."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jpaged.errors import OutOfMemoryError
+from jpaged.models.config import ModelConfig
+from pallas_kernels.paged_attention import pool_shape
+
+
+@dataclasses.dataclass(frozen=True)
+class KVPoolSpec:
+    """Shape of a pool.
+
+    A pool itself is a plain tuple with one array a layer, so that models take it as they take any pytree.
+    """
+
+    num_layers: int
+    num_blocks: int
+    """The null block included."""
+    block_size: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: jnp.dtype
+
+    @classmethod
+    def of(cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int) -> "KVPoolSpec":
+        return cls(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim,
+                   jnp.dtype(dtype))
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return pool_shape(self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: K and V of `block_size` tokens in all layers."""
+        values = 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
+        return values * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.block_bytes
+
+    def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        return (jax.ShapeDtypeStruct(self.layer_shape, self.dtype),) * self.num_layers
+
+    def allocate(self) -> tuple[jax.Array, ...]:
+        """A pool of zeros. Zeros matter: what padding reads must be finite."""
+        return tuple(jnp.zeros(self.layer_shape, self.dtype) for _ in range(self.num_layers))
+
+
+def blocks_in_budget(budget_bytes: int, spec: KVPoolSpec, useful_blocks: int) -> int:
+    """Blocks that fit into a budget, but not more than could ever be in use.
+
+    Raises:
+      OutOfMemoryError: not even two blocks fit.
+    """
+    blocks = min(budget_bytes // spec.block_bytes, useful_blocks)
+    if blocks < 2:
+        raise OutOfMemoryError(
+            f"the memory budget leaves {max(budget_bytes, 0) / 2**20:.0f} MiB for the KV cache and one block takes "
+            f"{spec.block_bytes / 2**20:.2f} MiB: raise kv_cache_memory_bytes or gpu_memory_utilization, or lower "
+            "max_num_batched_tokens.")
+    return int(blocks)
+
+
+def available_host_memory() -> int:
+    """Bytes that the operating system could give us now."""
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return 4 << 30  # not Linux: a modest guess
+
+
+def cpu_budget() -> int:
+    """Bytes for the pool on CPU when nothing is said: a tenth of free memory, between 256 MiB and 4 GiB."""
+    return min(max(available_host_memory() // 10, 256 << 20), 4 << 30)

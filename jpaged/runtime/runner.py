@@ -1,0 +1,140 @@
+"""Runner: owns the device's memory and launches the steps.
+
+    launch(plan)       admissions, then forward and sample; nothing is waited for
+    StepResult.read    waits for that step and gives its small result array
+
+Steps run on the device in the order of their launches, and each takes the pool and the batch state that the one
+before it returned (donated: updated in place).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jpaged.models.config import ModelConfig
+from jpaged.runtime import state as batch
+from jpaged.runtime.kv_pool import KVPoolSpec
+from jpaged.runtime.sampler import sample
+from jpaged.runtime.step import Forward, make_forward, make_prompt_scores
+from jpaged.scheduling.plan import Bucket, StepPlan, Variant
+from jpaged.sequence import Sequence
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepResult:
+    """The results of a launched step, still on the device or on their way."""
+
+    plan: StepPlan
+    results: jax.Array
+    prompt_scores: jax.Array | None
+
+    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """(int32 [N, columns], int32 [P * C, columns] or None); waits for the step."""
+        scores = None if self.prompt_scores is None else np.asarray(self.prompt_scores)
+        return np.asarray(self.results), scores
+
+
+class Runner:
+    """The device side of an engine.
+
+    Args:
+      model: a module as `jpaged.models` describes it.
+      params: its parameters, device arrays.
+      config: the model's configuration.
+      pool: the pool's shape.
+      max_num_seqs: rows of the batch.
+      max_model_len: most tokens of a sequence.
+      tile_size: tokens of a tile of the prefill lane.
+    """
+
+    def __init__(self, model: nn.Module, params: Params, config: ModelConfig, pool: KVPoolSpec, *, max_num_seqs: int,
+                 max_model_len: int, tile_size: int) -> None:
+        self.model = model
+        self.spec = pool
+        self.tile_size = tile_size
+        self.max_model_len = max_model_len
+        self._vocab_size = config.vocab_size
+        self._null_row = max_num_seqs
+        self._leaves, self._treedef = jax.tree.flatten(params)
+        self._compiled: dict[tuple, Any] = {}
+        self._make_state = functools.partial(batch.empty, max_num_seqs, max_model_len, pool.block_size,
+                                             config.vocab_size)
+        self.pool: tuple[jax.Array, ...] = ()
+        self.state = jax.eval_shape(self._make_state)
+        self._admit = jax.jit(batch.admit, donate_argnums=0)
+        self._set_rules = jax.jit(batch.set_rules, donate_argnums=0)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Makes the pool and the batch state."""
+        self.spec = dataclasses.replace(self.spec, num_blocks=num_blocks)
+        self.pool = self.spec.allocate()
+        self.state = self._make_state()
+
+    # ----------------------------------------------------------------------------------------------- compile
+
+    def compile_forward(self, bucket: Bucket) -> Any:
+        """The compiled forward pass of a bucket; compiled, or found in the persistent cache, once."""
+        packed = jax.ShapeDtypeStruct((bucket.packed_size,), jnp.int32)
+        forward = make_forward(self.model, self.spec.block_size, self.tile_size, bucket)
+
+        # A flat list of leaves goes through dispatch twice as fast as a nested tree.
+        def flat_forward(leaves, *rest):
+            return forward(jax.tree.unflatten(self._treedef, leaves), *rest)
+
+        return self._compile(("forward", bucket), flat_forward, (1, 2), self._leaves, self.spec.abstract(),
+                             self.state.tables, self.state.tokens, packed)
+
+    def compile_sample(self, bucket: Bucket, variant: Variant) -> Any:
+        """The compiled sampler for a bucket's number of results."""
+        n, variant = bucket.num_results, variant._replace(prompt_logprobs=False)
+        one = jax.ShapeDtypeStruct((n,), jnp.int32)
+        logits = jax.ShapeDtypeStruct((n, self._vocab_size), jnp.float32)
+        return self._compile(("sample", n, variant), functools.partial(sample, variant=variant), (0,),
+                             self.state.tokens, self.state.parameters, self.state.rules, logits, one, one,
+                             jax.ShapeDtypeStruct((n,), jnp.bool))
+
+    def _compile(self, key: tuple, function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
+        if key not in self._compiled:
+            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
+            self._compiled[key] = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+        return self._compiled[key]
+
+    # ------------------------------------------------------------------------------------------------ launch
+
+    def admit(self, sequence: Sequence, table: np.ndarray, bad_words: list[list[int]]) -> None:
+        """Uploads an admitted sequence's tokens, block table [W] and sampling parameters to its row."""
+        self.state = self._admit(self.state, batch.pack_admission(sequence, table, self.max_model_len))
+        if sequence.group.params.needs_rules:
+            rules = batch.rules_of(sequence, self._vocab_size, bad_words)
+            self.state = self._set_rules(self.state, np.int32(sequence.row), rules)
+
+    def launch(self, plan: StepPlan) -> StepResult:
+        """Puts a step on the device's queue; the sequences that it admits have been uploaded."""
+        run_forward = self.compile_forward(plan.bucket)
+        run_sample = self.compile_sample(plan.bucket, plan.variant)
+        state = self.state
+        self.pool, tables, forward = run_forward(self._leaves, self.pool, state.tables, state.tokens,
+                                                 plan.pack(self._null_row))
+        tokens, results = run_sample(state.tokens, state.parameters, state.rules, *forward[:4])
+        self.state = state._replace(tables=tables, tokens=tokens)
+        results.copy_to_host_async()
+        return StepResult(plan, results, self._score_prompts(plan.variant, forward))
+
+    def _score_prompts(self, variant: Variant, forward: Forward) -> jax.Array | None:
+        if not variant.prompt_logprobs:
+            return None
+        scores = make_prompt_scores(self.model, self.tile_size, variant.num_logprobs)
+
+        def flat_scores(leaves, forward):
+            return scores(jax.tree.unflatten(self._treedef, leaves), forward)
+
+        key = ("prompt", forward.tile_targets.shape, variant.num_logprobs)
+        return self._compile(key, flat_scores, (), self._leaves, forward)(self._leaves, forward)

@@ -1,0 +1,118 @@
+"""The device side of the engine, as two pure functions that are launched one after the other:
+
+    forward(params, pool, tables, tokens, plan) -> (pool, tables, Forward: logits and whose they are)
+    sample(tokens, parameters, rules, Forward)  -> (tokens, results)
+
+Everything that a step needs besides its plan is on the device already: the weights, the pool, and the batch
+state with every row's tokens and block table. They are two jitted functions and not one because the first is
+compiled once per bucket and takes seconds, while the second has variants (greedy, top-p, penalties, ...) and
+compiles in a fraction of a second: apart, their numbers add; together, they would multiply.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jpaged.models.layout import PagedLayout
+from jpaged.runtime.sampler import logprobs
+from jpaged.scheduling.plan import Bucket
+
+
+class Forward(NamedTuple):
+    """What the forward pass hands to the sampler. N = bucket.num_results: the decode lane, then the tiles."""
+
+    logits: jax.Array  # float32 [N, V]: after the last token of each row and of each tile
+    rows: jax.Array  # int32 [N]: rows of the batch
+    positions: jax.Array  # int32 [N]: position of the token that these logits are for
+    samples: jax.Array  # bool [N]: whether that token is wanted (not in the middle of a prompt, not padding)
+    tile_hidden: jax.Array  # [P * C, E]: for prompt log-probabilities
+    tile_targets: jax.Array  # int32 [P * C]: the token after each of the tiles' tokens
+
+
+class _Plan(NamedTuple):
+    """`StepPlan.pack`'s integers, sliced apart on the device."""
+
+    rows: jax.Array  # int32 [R]
+    positions: jax.Array  # int32 [R]
+    new_blocks: jax.Array  # int32 [R]
+    tile_rows: jax.Array  # int32 [P]
+    tile_starts: jax.Array  # int32 [P]
+    tile_lengths: jax.Array  # int32 [P]
+    tile_samples: jax.Array  # int32 [P]
+
+
+def _unpack(packed: jax.Array, bucket: Bucket) -> _Plan:
+    split = 3 * bucket.decode_rows
+    return _Plan(*packed[:split].reshape(3, -1), *packed[split:].reshape(4, -1))
+
+
+def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Bucket) -> Callable:
+    """The forward pass of one bucket, for `jax.jit(..., donate_argnums=(1, 2))`.
+
+    Arguments: params (the Linen tree), pool, tables (int32 [rows, W]), tokens (int32 [rows, L]), packed (int32
+    [bucket.packed_size]). Returns (pool, tables, Forward).
+    """
+    num_decodes, num_tiles = bucket
+
+    def forward(params, pool, tables: jax.Array, tokens: jax.Array, packed: jax.Array):
+        plan = _unpack(packed, bucket)
+        null_row = tokens.shape[0] - 1
+        tables = _append_blocks(tables, plan, block_size)
+        offsets = jnp.arange(tile_size)
+        real = offsets < plan.tile_lengths[:, None]  # [P, C]
+        tile_positions = plan.tile_starts[:, None] + jnp.where(real, offsets, 0)  # padding stays in range
+        rows = jnp.concatenate([plan.rows, jnp.repeat(plan.tile_rows, tile_size)])  # [T]
+        positions = jnp.concatenate([plan.positions, tile_positions.reshape(-1)])  # [T]
+        slots = tables[rows, positions // block_size] * block_size + positions % block_size
+        # Padding of a tile writes to the null block, as padding rows do by their empty tables.
+        slots *= jnp.concatenate([jnp.ones(num_decodes, jnp.int32), real.reshape(-1).astype(jnp.int32)])
+        layout = PagedLayout(
+            slots=slots,
+            decode_tables=tables[plan.rows],
+            decode_lengths=jnp.where(plan.rows == null_row, 0, plan.positions + 1),
+            prefill_tables=tables[plan.tile_rows],
+            prefill_starts=plan.tile_starts,
+            prefill_lengths=plan.tile_lengths)
+        variables = {"params": params}
+        hidden, pool = model.apply(variables, tokens[rows, positions], positions, pool, layout)
+        tile_hidden = hidden[num_decodes:]
+        last = jnp.maximum(plan.tile_lengths - 1, 0)
+        final = jnp.concatenate([hidden[:num_decodes], tile_hidden[jnp.arange(num_tiles) * tile_size + last]])
+        return pool, tables, Forward(
+            logits=model.apply(variables, final, method="logits"),
+            rows=jnp.concatenate([plan.rows, plan.tile_rows]),
+            positions=jnp.concatenate([plan.positions, plan.tile_starts + last]) + 1,
+            samples=jnp.concatenate([plan.rows != null_row, plan.tile_samples == 1]),
+            tile_hidden=tile_hidden,
+            tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1])
+
+    return forward
+
+
+def _append_blocks(tables: jax.Array, plan: _Plan, block_size: int) -> jax.Array:
+    """Writes the decode lane's new blocks into the block tables."""
+    index = plan.positions // block_size
+    kept = tables[plan.rows, index]
+    return tables.at[plan.rows, index].set(jnp.where(plan.new_blocks > 0, plan.new_blocks, kept))
+
+
+def make_prompt_scores(model: nn.Module, tile_size: int, count: int) -> Callable:
+    """Log-probabilities of a prompt's own tokens, for `jax.jit`: (params, Forward) -> int32 [P * C, columns].
+
+    Works a tile at a time: the logits of all prompt positions together could exhaust memory.
+    """
+
+    def prompt_scores(params, forward: Forward) -> jax.Array:
+        def of_tile(tile):
+            hidden, targets = tile
+            logits = model.apply({"params": params}, hidden, method="logits")
+            return logprobs(logits, targets, count)
+
+        hidden, targets = forward.tile_hidden, forward.tile_targets
+        rows = jax.lax.map(of_tile, (hidden.reshape(-1, tile_size, hidden.shape[-1]), targets.reshape(-1, tile_size)))
+        return rows.reshape(-1, rows.shape[-1])
+
+    return prompt_scores

@@ -1,0 +1,201 @@
+"""SamplingParams: how one request's tokens are chosen. Names and defaults are vLLM's (docs: NAMES)."""
+
+import dataclasses
+import enum
+import math
+import numbers
+from collections.abc import Iterable
+
+from jpaged.errors import InvalidRequestError, UnsupportedFeatureError
+
+# Upper bounds. Device arrays have these widths, so they are limits of the engine and not only of taste.
+MAX_LOGPROBS = 20
+MAX_N = 64
+MAX_STOP_STRINGS = 64
+MAX_STOP_TOKEN_IDS = 64
+MAX_LOGIT_BIAS = 300
+MAX_BAD_WORDS = 64
+MAX_ALLOWED_TOKEN_IDS = 1 << 20
+MAX_STRING = 1024
+MAX_TOKENS = 1 << 24
+
+
+class RequestOutputKind(enum.Enum):
+    """What `LLMEngine.step` returns for a running request."""
+
+    CUMULATIVE = 0
+    """All text and tokens so far, at every step."""
+    DELTA = 1
+    """Only what is new since the last output."""
+    FINAL_ONLY = 2
+    """One output, when the request has finished."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen.
+
+    Penalties act on raw logits, then the bias and the masks, then temperature, then top-k, min-p and top-p.
+    Log-probabilities are of the model's raw distribution, before all of these.
+
+    Raises:
+      InvalidRequestError: a field is not of its type, not finite, or out of its bounds.
+      UnsupportedFeatureError: a feature that this version does not offer is asked for.
+    """
+
+    n: int = 1
+    """Independent samples per prompt. Sample i of a request draws with sequence index i."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logit of every token that the output already has; [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted once per occurrence in the output; [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output; (0, 2]."""
+    temperature: float = 1.0
+    """0 is greedy; [0, 2]."""
+    top_p: float = 1.0
+    """Keep the smallest set of most likely tokens whose probability reaches top_p; (0, 1]."""
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 and -1 keep all."""
+    min_p: float = 0.0
+    """Drop tokens less likely than min_p times the most likely one; [0, 1]."""
+    seed: int | None = None
+    """Makes the request reproducible whatever else runs. None: taken from the engine's seed."""
+    stop: str | list[str] | tuple[str, ...] = ()
+    """Strings that end the generation; looked for across and inside tokens."""
+    stop_token_ids: list[int] | tuple[int, ...] = ()
+    """Tokens that end the generation, besides the model's end-of-sequence tokens."""
+    bad_words: list[str] | tuple[str, ...] = ()
+    """Words that are never generated (as token sequences, with and without a leading space)."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Most tokens to generate; None: up to the model's context."""
+    min_tokens: int = 0
+    """No end-of-sequence or stop token before so many tokens."""
+    logprobs: int | None = None
+    """Log-probabilities of the chosen and of the k most likely tokens at each position; 0 to 20."""
+    prompt_logprobs: int | None = None
+    """The same for each prompt position but the first; 0 to 20."""
+    detokenize: bool = True
+    """Whether outputs carry text."""
+    skip_special_tokens: bool = True
+    """Leave special tokens out of the text."""
+    include_stop_str_in_output: bool = False
+    """Keep the stop string at the end of the text."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What `LLMEngine.step` returns while the request runs."""
+    logit_bias: dict[int, float] | None = None
+    """Added to the logits of tokens; values are clamped to [-100, 100]."""
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    """If given, no other token is ever generated."""
+    best_of: int | None = None
+    """Not offered yet (needs sequence groups)."""
+    use_beam_search: bool = False
+    """Not offered yet (needs sequence groups)."""
+    structured_outputs: object | None = None
+    """Not offered yet."""
+
+    def __post_init__(self) -> None:
+        if self.use_beam_search:
+            raise UnsupportedFeatureError("use_beam_search is not offered yet; use n and temperature instead.")
+        if self.best_of not in (None, self.n):
+            raise UnsupportedFeatureError("best_of is not offered yet; ask for n samples and rank them by "
+                                          "cumulative_logprob (logprobs=0).")
+        if self.structured_outputs is not None:
+            raise UnsupportedFeatureError("structured_outputs is not offered yet; see allowed_token_ids.")
+        self._check_numbers()
+        self._check_lists()
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0.0
+
+    @property
+    def needs_rules(self) -> bool:
+        """Whether logits are edited token by token (bias, masks, bad words, min_tokens)."""
+        return bool(self.logit_bias or self.bad_words or self.allowed_token_ids is not None or self.min_tokens)
+
+    @property
+    def needs_penalties(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+    def _check_numbers(self) -> None:
+        self._integer("n", 1, MAX_N)
+        self._real("presence_penalty", -2.0, 2.0)
+        self._real("frequency_penalty", -2.0, 2.0)
+        self._real("repetition_penalty", 0.0, 2.0, above=True)
+        self._real("temperature", 0.0, 2.0)
+        self._real("top_p", 0.0, 1.0, above=True)
+        self._real("min_p", 0.0, 1.0)
+        self._integer("top_k", -1, 1 << 30)
+        self._integer("min_tokens", 0, MAX_TOKENS)
+        for name, low, high in (("seed", -(1 << 63), (1 << 64) - 1), ("max_tokens", 1, MAX_TOKENS),
+                                ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS)):
+            if getattr(self, name) is not None:
+                self._integer(name, low, high)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequestError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
+
+    def _check_lists(self) -> None:
+        self._strings("stop", MAX_STOP_STRINGS)
+        self._strings("bad_words", MAX_BAD_WORDS)
+        self._token_ids("stop_token_ids", MAX_STOP_TOKEN_IDS)
+        if self.stop and not self.detokenize:
+            raise InvalidRequestError("stop strings need detokenize=True; use stop_token_ids instead.")
+        if self.allowed_token_ids is not None:
+            self._token_ids("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS)
+            if not self.allowed_token_ids:
+                raise InvalidRequestError("allowed_token_ids is empty: no token could be generated. Use None to allow all.")
+        if self.logit_bias is not None:
+            bias = self.logit_bias
+            if not isinstance(bias, dict) or len(bias) > MAX_LOGIT_BIAS:
+                raise InvalidRequestError(f"logit_bias must be a dict of at most {MAX_LOGIT_BIAS} entries.")
+            if not all(_is_integer(t) and t >= 0 for t in bias) or not all(_is_finite(v) for v in bias.values()):
+                raise InvalidRequestError("logit_bias must map token ids to finite numbers.")
+            self._set("logit_bias", {int(t): min(100.0, max(-100.0, float(v))) for t, v in bias.items()})
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise InvalidRequestError(f"output_kind must be a RequestOutputKind, not {self.output_kind!r}.")
+
+    def _set(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)  # __post_init__ of a frozen dataclass: normalising its own field
+
+    def _integer(self, name: str, low: int, high: int) -> None:
+        value = getattr(self, name)
+        if not _is_integer(value) or not low <= value <= high:
+            raise InvalidRequestError(f"{name} must be an integer in [{low}, {high}], not {value!r}.")
+        self._set(name, int(value))
+
+    def _real(self, name: str, low: float, high: float, *, above: bool = False) -> None:
+        value = getattr(self, name)
+        if not _is_finite(value) or not low <= value <= high or (above and value == low):
+            raise InvalidRequestError(f"{name} must be in {'(' if above else '['}{low:g}, {high:g}], not {value!r}.")
+        self._set(name, float(value))
+
+    def _strings(self, name: str, most: int) -> None:
+        value = getattr(self, name)
+        value = (value,) if isinstance(value, str) else () if value is None else value
+        if not isinstance(value, Iterable):
+            raise InvalidRequestError(f"{name} must be a string or a list of strings, not {value!r}.")
+        value = tuple(value)
+        if len(value) > most or not all(isinstance(s, str) and 0 < len(s) <= MAX_STRING for s in value):
+            raise InvalidRequestError(f"{name} takes at most {most} non-empty strings of at most {MAX_STRING} characters.")
+        self._set(name, value)
+
+    def _token_ids(self, name: str, most: int) -> None:
+        value = getattr(self, name)
+        value = () if value is None else value
+        if not isinstance(value, Iterable):
+            raise InvalidRequestError(f"{name} must be a list of token ids, not {value!r}.")
+        value = tuple(value)
+        if len(value) > most or not all(_is_integer(t) and t >= 0 for t in value):
+            raise InvalidRequestError(f"{name} takes at most {most} token ids (integers >= 0).")
+        self._set(name, tuple(int(t) for t in value))
+
+
+def _is_integer(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_finite(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,96 @@
+"""Sequence and SequenceGroup: what a request is while the engine works on it.
+
+                    add                    admit (a row, blocks)            stop, length, abort
+    RequestOutput <------ WAITING ----------------------------> RUNNING ------------------------> FINISHED
+                             ^                                     |                                  ^
+                             +------------- preempt ---------------+          abort in any state -----+
+"""
+
+import dataclasses
+import enum
+
+from jpaged.outputs import LogprobsAt, RequestMetrics
+from jpaged.sampling_params import SamplingParams
+
+NO_ROW = -1
+
+
+class Status(enum.Enum):
+    WAITING = 0
+    RUNNING = 1
+    FINISHED = 2
+
+
+class FinishReason(enum.StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Sequence:
+    """One stream of tokens of a group."""
+
+    group: "SequenceGroup"
+    index: int
+    """Which sample of its group; part of its random key."""
+    tokens: list[int]
+    """The prompt and what has been generated and read back so far."""
+    max_length: int
+    """Most tokens, prompt included."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end it: the model's end-of-sequence tokens (unless ignored) and the request's own."""
+    row: int = NO_ROW
+    """Its place in the batch while it runs."""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[LogprobsAt] = dataclasses.field(default_factory=list)
+    cumulative_logprob: float = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.tokens) - len(self.group.prompt_token_ids)
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        return self.tokens[len(self.group.prompt_token_ids) :]
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class SequenceGroup:
+    """The sequences of one request: admitted, preempted and resumed together (DESIGN, contract 7)."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    seed: int
+    """64 bits: the root of the group's random keys."""
+    order: tuple[int, int]
+    """(priority, arrival): smaller is served first and preempted last."""
+    metrics: RequestMetrics
+    cache_salt: str = ""
+    status: Status = Status.WAITING
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[LogprobsAt | None] | None = None
+    num_cached_tokens: int = 0
+
+    @property
+    def unfinished(self) -> list[Sequence]:
+        return [s for s in self.sequences if s.finish_reason is None]
+
+    @property
+    def finished(self) -> bool:
+        return self.status is Status.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities were asked for and are not complete."""
+        if self.params.prompt_logprobs is None:
+            return False
+        return self.prompt_logprobs is None or len(self.prompt_logprobs) < len(self.prompt_token_ids)

@@ -1,0 +1,154 @@
+"""From an `EngineConfig` to the parts of an engine: load, size the memory, compile.
+
+    checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
+"""
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+
+import checkpoints
+from jpaged.config import EngineConfig
+from jpaged.errors import InvalidConfigError
+from jpaged.memory import BlockManager
+from jpaged.models.config import ModelConfig
+from jpaged.models.registry import build as build_model
+from jpaged.models.rope import max_trained_length
+from jpaged.progress import Progress
+from jpaged.runtime import compile_cache
+from jpaged.runtime.kv_pool import KVPoolSpec, blocks_in_budget, cpu_budget
+from jpaged.runtime.runner import Runner
+from jpaged.scheduling import Bucket, Scheduler, Variant
+from jpaged.scheduling.plan import make_buckets
+
+if TYPE_CHECKING:
+    from jpaged.tokenization import Tokenizer
+
+log = logging.getLogger("jpaged")
+
+_DEFAULT_MODEL_LEN = 8192
+WARM_VARIANTS = (Variant(), Variant(sample=True), Variant(sample=True, truncate=True))
+"""Samplers that are compiled before the first request; the others when they are first needed."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """The engine's sizes after defaults have been filled in."""
+
+    dtype: jnp.dtype
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    buckets: tuple[Bucket, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Components:
+    """The parts that `LLMEngine` drives."""
+
+    model_config: ModelConfig
+    tokenizer: "Tokenizer | None"
+    generation_config: dict[str, Any]
+    eos_token_ids: frozenset[int]
+    max_model_len: int
+    blocks: BlockManager
+    scheduler: Scheduler
+    runner: Runner
+
+
+def build(config: EngineConfig) -> Components:
+    """Loads the model and makes everything ready to run.
+
+    Raises:
+      checkpoints.CheckpointError: the model can't be loaded.
+      InvalidConfigError: arguments that contradict the model or each other.
+      OutOfMemoryError: the memory budget is too small.
+    """
+    compile_cache.enable(config.compilation_cache_dir)
+    dtype = _dtype(config)
+    with Progress("loading weights", unit="B") as progress:
+        checkpoint = checkpoints.load(config.model, dtype=dtype.name, revision=config.revision,
+                                      tokenizer=config.tokenizer, progress=progress.weights)
+    limits = resolve_limits(config, checkpoint.config, dtype)
+    params = jax.device_put(checkpoint.params)
+    runner = Runner(
+        build_model(checkpoint.config, dtype), params, checkpoint.config,
+        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size), max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len, tile_size=config.prefill_tile_size)
+    num_blocks = _num_blocks(config, limits, runner)
+    runner.allocate(num_blocks)
+    blocks = BlockManager(
+        num_blocks, config.block_size, limits.max_num_seqs, -(-limits.max_model_len // config.block_size),
+        watermark=config.watermark, enable_prefix_caching=config.enable_prefix_caching)
+    scheduler = Scheduler(blocks, limits.buckets, tile_size=config.prefill_tile_size,
+                          max_num_batched_tokens=limits.max_num_batched_tokens)
+    log.info("KV cache: %d blocks of %d tokens, %.0f MiB; %d step shapes", num_blocks, config.block_size,
+             runner.spec.num_bytes / 2**20, len(limits.buckets))
+    if config.warmup:
+        warm_up(runner, limits.buckets)
+    eos = checkpoint.generation_config.get("eos_token_id")
+    eos_ids = checkpoint.config.eos_token_ids if eos is None else [eos] if isinstance(eos, int) else eos
+    return Components(
+        model_config=checkpoint.config, tokenizer=checkpoint.tokenizer,
+        generation_config=checkpoint.generation_config, eos_token_ids=frozenset(eos_ids),
+        max_model_len=limits.max_model_len, blocks=blocks, scheduler=scheduler, runner=runner)
+
+
+def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> Limits:
+    """Fills in the defaults, which depend on the device and the model."""
+    on_cpu = jax.default_backend() == "cpu"
+    longest = max_trained_length(model)
+    max_model_len = config.max_model_len or min(longest, _DEFAULT_MODEL_LEN)
+    if max_model_len > longest:
+        raise InvalidConfigError(f"max_model_len={max_model_len} is beyond the {longest} tokens that the model was "
+                                 "trained for: positions past them are meaningless.")
+    seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    tile = config.prefill_tile_size
+    batched = config.max_num_batched_tokens or (512 + seqs if on_cpu else 2048 + seqs)
+    # The prefill lane takes what the longest decode lane leaves, and one tile at least.
+    tiles = max(1, min(batched - seqs, -(-max_model_len // tile) * tile * seqs) // tile)
+    batched = max(batched, tiles * tile + seqs)
+    return Limits(dtype=dtype, max_model_len=max_model_len, max_num_seqs=seqs, max_num_batched_tokens=batched,
+                  buckets=make_buckets(seqs, tiles, tile))
+
+
+def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:
+    """Compiles every step shape with a progress bar and an estimate of the time left."""
+    jobs = [(runner.compile_forward, (bucket,)) for bucket in buckets]
+    jobs += [(runner.compile_sample, (bucket, variant)) for bucket in buckets for variant in WARM_VARIANTS]
+    with Progress("compiling steps", total=len(jobs)) as progress:
+        for job, arguments in jobs:
+            job(*arguments)
+            progress.advance()
+
+
+def _dtype(config: EngineConfig) -> jnp.dtype:
+    if config.dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.dtype)
+
+
+def _num_blocks(config: EngineConfig, limits: Limits, runner: Runner) -> int:
+    """Blocks of the pool, the null block included."""
+    if config.num_gpu_blocks_override is not None:
+        return config.num_gpu_blocks_override + 1
+    useful = limits.max_num_seqs * -(-limits.max_model_len // config.block_size) + 1
+    if config.kv_cache_memory_bytes is not None:
+        return blocks_in_budget(config.kv_cache_memory_bytes, runner.spec, useful)
+    if jax.default_backend() == "cpu":
+        return blocks_in_budget(cpu_budget(), runner.spec, useful)
+    return blocks_in_budget(_gpu_budget(config, limits, runner), runner.spec, useful)
+
+
+def _gpu_budget(config: EngineConfig, limits: Limits, runner: Runner) -> int:
+    """What is left of the GPU's share after what is there and what the largest step needs, by XLA's own count."""
+    memory = jax.local_devices()[0].memory_stats() or {}
+    limit, used = memory.get("bytes_limit", 0), memory.get("bytes_in_use", 0)
+    step = 0
+    for bucket in limits.buckets[-2:]:
+        analysis = runner.compile_forward(bucket).memory_analysis()
+        step = max(step, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
+    return int(limit * config.gpu_memory_utilization) - used - step

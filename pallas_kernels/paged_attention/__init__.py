@@ -1,0 +1,10 @@
+"""Attention over a KV cache kept in fixed-size blocks (PagedAttention, arXiv 2309.06180, section 4.1)."""
+
+from pallas_kernels.paged_attention.api import (
+    paged_decode_attention,
+    paged_prefill_attention,
+    pool_shape,
+    write_kv,
+)
+
+__all__ = ["paged_decode_attention", "paged_prefill_attention", "pool_shape", "write_kv"]
