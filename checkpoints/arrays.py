@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -127,21 +128,20 @@ def expand(raw: NDArray[np.uint8], ggml_type: GGMLType, target: NDArray, *, tran
     """
     blocks = raw.shape[1] // ggml_type.type_size
     packed = raw.reshape(raw.shape[0], blocks, ggml_type.type_size).transpose(1, 2, 0)
+    pieces: list[tuple[Any, ...]]
     if transpose:
         weights = target.reshape(blocks, ggml_type.block_size, -1)
         step = max(1, TILE // (ggml_type.block_size * raw.shape[0]))
-        pieces = [slice(at, at + step) for at in range(0, blocks, step)]
+        pieces = [(slice(at, at + step),) for at in range(0, blocks, step)]
     else:
         weights = target.reshape(-1, blocks, ggml_type.block_size).transpose(1, 2, 0)
         step = max(1, TILE // (ggml_type.block_size * blocks))
         pieces = [(..., slice(at, at + step)) for at in range(0, raw.shape[0], step)]
-    direct = target.dtype == np.float32
     with np.errstate(all="ignore"):  # a scale may be inf or NaN in the file: so are its weights, then
         for piece in pieces:
-            source, into = packed[piece], weights[piece]
-            if transpose:
-                source = np.ascontiguousarray(source)
-            floats = into if direct else np.empty_like(into, np.float32)
+            source = np.ascontiguousarray(packed[piece]) if transpose else packed[piece]
+            into = weights[piece]
+            floats = into if into.dtype == np.float32 else np.empty_like(into, np.float32)
             ggml_type.dequantize(source, floats)  # type: ignore[misc]
-            if not direct:
+            if floats is not into:
                 np.copyto(into, floats, casting="unsafe")

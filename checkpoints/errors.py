@@ -45,13 +45,9 @@ class MissingWeightsError(CheckpointError):
         self.missing = tuple(missing)
         self.surplus = tuple(surplus)
         self.misshapen = tuple(misshapen)
-        lines = [
-            f"{source}: the tensors do not fit the configuration; load the config that belongs to these weights."
-        ]
+        lines = [f"{source}: the tensors do not fit the configuration; is it the one of these weights?"]
         lines += [f"  missing: {name}" for name in self.missing]
         lines += [f"  surplus: {name}" for name in self.surplus]
-        lines += [
-            f"  misshapen: {name}: expected {list(want)}, found {list(got)}"
-            for name, want, got in self.misshapen
-        ]
+        for name, expected, found in self.misshapen:
+            lines.append(f"  misshapen: {name}: expected {list(expected)}, found {list(found)}")
         super().__init__("\n".join(lines))

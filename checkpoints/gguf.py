@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any, NoReturn
@@ -123,7 +124,8 @@ class _Cursor:
 
     def corrupt(self, what: str) -> NoReturn:
         raise CorruptCheckpointError(
-            f"{self._path}: corrupt GGUF: {what} (at byte {self.position} of {self.size}); download or convert it again"
+            f"{self._path}: corrupt GGUF: {what} (at byte {self.position} of {self.size}); "
+            "download or convert it again"
         )
 
     def unsupported(self, what: str) -> NoReturn:
@@ -257,7 +259,7 @@ def _read_directory(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> di
             tensor.name, tensor.shape, tensor.type, data_start + tensor.offset, tensor.nbytes
         )
     by_offset = sorted(tensors.values(), key=lambda tensor: tensor.offset)
-    for before, after in zip(by_offset, by_offset[1:], strict=False):
+    for before, after in pairwise(by_offset):
         if before.offset + before.nbytes > after.offset:
             cursor.corrupt(f"tensors {before.name!r} and {after.name!r} overlap")
     return tensors

@@ -1,5 +1,6 @@
 """A Llama-family GGUF file -> `ModelConfig` and parameter tree."""
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import prod
@@ -9,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from checkpoints.arrays import TILE, Progress, Task, aligned_arrays, copy_cast, expand, run_tasks
-from checkpoints.errors import UnsupportedCheckpointError
+from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile, GGUFTensor
 from checkpoints.llama import Leaf, check_tensors, insert, leaves
 from jpaged.models.config import ModelConfig
@@ -17,7 +18,7 @@ from jpaged.models.config import ModelConfig
 SUPPORTED_ARCHITECTURES = ("llama",)
 """Values of `general.architecture`; llama.cpp files Mistral under "llama" too."""
 
-_ROPE_FACTORS = "rope_freqs.weight"
+_ROPE_DIVISORS = "rope_freqs.weight"
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
@@ -30,7 +31,8 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedCheckpointError(
-            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: "
+            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     get = partial(_scalar, file, arch)
     if get("expert_count"):
@@ -87,7 +89,7 @@ def params_from_gguf(
     check_tensors(
         str(file.path),
         {leaf.gguf: leaf.stored_shape for leaf in wanted},
-        {name: tensor.shape for name, tensor in file.tensors.items() if name != _ROPE_FACTORS},
+        {name: tensor.shape for name, tensor in file.tensors.items() if name != _ROPE_DIVISORS},
     )
     params: dict[str, Any] = {}
     tasks: list[Task] = []
@@ -145,9 +147,7 @@ def _fill(
     else:
         values = raw.view(tensor.type.dtype)
         copy_cast(values.T if transposed else values, target)
-    if (
-        last
-    ):  # keeps the resident set near the size of the parameters; another thread's page is simply read again
+    if last:  # keeps the resident set near the size of the parameters
         file.release(tensor)
 
 
@@ -156,7 +156,7 @@ def _scalar(file: GGUFFile, prefix: str, key: str, default: Any = None) -> Any:
     value = file.metadata.get(f"{prefix}.{key}", default)
     if isinstance(value, list | np.ndarray):
         raise UnsupportedCheckpointError(
-            f"{file.path}: {prefix}.{key} is a list; models whose layers differ from each other are not supported"
+            f"{file.path}: {prefix}.{key} is a list; models whose layers differ are not supported"
         )
     # A float32 in the file stands for a decimal: 1e-05, not 9.999999747378752e-06.
     return float(str(np.float32(value))) if isinstance(value, float) else value
@@ -168,11 +168,10 @@ def _rope(file: GGUFFile, get: Callable[..., Any], context: Any, head_dim: Any) 
     rotated = get("dimension_count", head_dim)
     if _positive(rotated) and _positive(head_dim) and rotated != head_dim:
         raise UnsupportedCheckpointError(
-            f"{file.path}: only {rotated} of {head_dim} dimensions of a head are rotated, which the Llama family "
-            "does not do"
+            f"{file.path}: only {rotated} of {head_dim} dimensions of a head are rotated: not supported"
         )
-    if _ROPE_FACTORS in file.tensors:
-        return rope | _frequency_factors(file, get("scaling.original_context_length", context))
+    if _ROPE_DIVISORS in file.tensors:
+        return rope | _frequency_divisors(file, rope["rope_theta"], context)
     kind = get("scaling.type", "linear" if get("scale_linear") else "none")
     factor = get("scaling.factor", get("scale_linear"))
     if kind == "none" or (kind == "linear" and factor in (None, 0.0, 1.0)):
@@ -185,30 +184,51 @@ def _rope(file: GGUFFile, get: Callable[..., Any], context: Any, head_dim: Any) 
     if kind == "yarn":
         rope |= {
             "original_max_position_embeddings": get("scaling.original_context_length"),
-            "attention_factor": get("scaling.attn_factor"),
+            "attention_factor": _yarn_attention(get("scaling.attn_factor"), factor),
             "beta_fast": get("scaling.yarn_beta_fast"),
             "beta_slow": get("scaling.yarn_beta_slow"),
         }
     return rope
 
 
-def _frequency_factors(file: GGUFFile, original: Any) -> dict[str, Any]:
+def _yarn_attention(attn_factor: Any, factor: Any) -> float | None:
+    """llama.cpp multiplies the derived attention factor by `attn_factor`; Hugging Face replaces it."""
+    if attn_factor in (None, 1.0) or not isinstance(factor, float) or factor <= 1:
+        return None
+    return attn_factor * (0.1 * math.log(factor) + 1.0)
+
+
+def _frequency_divisors(file: GGUFFile, theta: Any, context: Any) -> dict[str, Any]:
     """Llama 3's scaling, which GGUF keeps as one divisor per frequency instead of the formula's parameters.
 
-    longrope says exactly this if its short and long factors are the same and it leaves the attention scale
-    alone.
+    All published Llama 3.x models differ in `factor` alone, which is the largest divisor. Should the other
+    parameters not be the usual ones, longrope says the same with equal short and long factors.
     """
-    tensor = file.tensors[_ROPE_FACTORS]
+    tensor = file.tensors[_ROPE_DIVISORS]
     if tensor.type.name != "F32" or len(tensor.shape) != 1 or tensor.shape[0] > 4096:
-        raise UnsupportedCheckpointError(f"{file.path}: {_ROPE_FACTORS} must be a float32 vector")
-    factors = file.rows(tensor).view(np.float32)[0].tolist()
+        raise UnsupportedCheckpointError(f"{file.path}: {_ROPE_DIVISORS} must be a float32 vector")
+    divisors = file.rows(tensor).view(np.float32)[0].astype(np.float64)
+    if not np.isfinite(divisors).all() or divisors.min() <= 0:
+        raise CorruptCheckpointError(f"{file.path}: {_ROPE_DIVISORS} holds numbers that are not positive")
+    low, high, original, factor = 1.0, 4.0, 8192, float(divisors.max())
+    if isinstance(theta, float) and theta > 0:
+        turns = original / (2 * np.pi) * theta ** -(np.arange(len(divisors)) / len(divisors))
+        blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        if np.allclose(1 / divisors, blend + (1 - blend) / factor, rtol=1e-4):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": low,
+                "high_freq_factor": high,
+                "original_max_position_embeddings": original,
+            }
     return {
         "rope_type": "longrope",
-        "short_factor": factors,
-        "long_factor": factors,
-        "attention_factor": 1.0,
         "factor": 1.0,
-        "original_max_position_embeddings": original,
+        "attention_factor": 1.0,
+        "short_factor": divisors.tolist(),
+        "long_factor": divisors.tolist(),
+        "original_max_position_embeddings": context,
     }
 
 

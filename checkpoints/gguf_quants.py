@@ -84,7 +84,7 @@ def _fifth_bits(raw: Bytes, at: int) -> Bytes:
     """Bit i of the 4 bytes at `at`, times 16, for weight i: uint8 [..., 32, lanes]."""
     spread = np.repeat(raw[..., at : at + 4, :], 8, axis=-2)
     shifts = np.tile(np.arange(8, dtype=np.uint8), 4)[:, None]
-    return ((spread >> shifts) & 1) << 4
+    return ((spread >> shifts) & np.uint8(1)) << np.uint8(4)
 
 
 def _five_bit(raw: Bytes, out: Floats, high_at: int, low_at: int) -> None:

@@ -8,6 +8,8 @@ error.
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile
 from checkpoints.hf_tokenizer import fast_tokenizer_class
@@ -37,8 +39,8 @@ def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
     model = source.meta.get("tokenizer.ggml.model")
     if not isinstance(model, str) or model not in _MODELS:
         raise UnsupportedCheckpointError(
-            f"{file.path}: tokenizer model {model!r} is not supported ({', '.join(_MODELS)} are); pass tokenizer= a "
-            "Hugging Face tokenizer folder"
+            f"{file.path}: tokenizer model {model!r} is not supported ({', '.join(_MODELS)} are); "
+            "pass tokenizer= a Hugging Face tokenizer folder"
         )
     backend, add_bos_default = _MODELS[model](source)
     _add_special_tokens(source, backend)
@@ -88,13 +90,17 @@ class _Source:
             raise self.corrupt(f"tokenizer.ggml.{key} is no list of strings")
         return value
 
+    def numbers(self, key: str) -> list[Any]:
+        """An array with one number per token."""
+        values = self.meta.get(f"tokenizer.ggml.{key}")
+        if not isinstance(values, np.ndarray) or len(values) != len(self.tokens):
+            raise self.corrupt(f"tokenizer.ggml.{key} does not hold one number per token")
+        return values.tolist()
+
     def _types(self) -> list[int]:
-        types = self.meta.get("tokenizer.ggml.token_type")
-        if types is None:
+        if "tokenizer.ggml.token_type" not in self.meta:
             return [1] * len(self.tokens)
-        if not hasattr(types, "tolist") or len(types) != len(self.tokens):
-            raise self.corrupt("tokenizer.ggml.token_type and tokens differ in length")
-        return types.tolist()
+        return self.numbers("token_type")
 
     def token(self, role: str) -> str | None:
         """The text of the bos, eos, unknown or padding token."""
@@ -123,8 +129,8 @@ def _byte_level(source: _Source) -> tuple["Tokenizer", bool]:
     name = source.meta.get("tokenizer.ggml.pre")
     if not isinstance(name, str) or name not in _PRE_TOKENIZERS:
         raise UnsupportedCheckpointError(
-            f"{source.path}: pre-tokenizer {name!r} is not supported ({', '.join(_PRE_TOKENIZERS)} are); pass "
-            "tokenizer= a Hugging Face tokenizer folder"
+            f"{source.path}: pre-tokenizer {name!r} is not supported ({', '.join(_PRE_TOKENIZERS)} are); "
+            "pass tokenizer= a Hugging Face tokenizer folder"
         )
     llama3 = name in ("llama-bpe", "llama3", "llama-v3")
     vocabulary = source.vocabulary()
@@ -149,15 +155,11 @@ def _split(source: _Source, merge: str) -> tuple[str, str]:
 
 
 def _sentence_piece(source: _Source) -> tuple["Tokenizer", bool]:
-    """SentencePiece BPE ("llama"): merges are not listed; the pair whose union scores highest is merged
-    first."""
+    """SentencePiece BPE ("llama"): merges are not listed; the best scoring union is merged first."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    scores = source.meta.get("tokenizer.ggml.scores")
-    if not hasattr(scores, "tolist") or len(scores) != len(source.tokens):
-        raise source.corrupt("tokenizer.ggml.scores and tokens differ in length")
     vocabulary = source.vocabulary()
-    merges = _merges_by_score(source, vocabulary, scores.tolist())
+    merges = _merges_by_score(source, vocabulary, source.numbers("scores"))
     unknown = source.token("unknown")
     backend = Tokenizer(
         models.BPE(

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.errors import CheckpointNotFoundError, CorruptCheckpointError
 
@@ -44,9 +44,11 @@ def tokenizer_from_folder(folder: Path) -> "PreTrainedTokenizerBase":
         raise CheckpointNotFoundError(
             f"{folder}: there is no tokenizer.json; pass tokenizer= the folder of the model's tokenizer"
         )
-    tokenizer_class = fast_tokenizer_class()
+    tokenizer_class: Any = fast_tokenizer_class()
     if not (folder / "tokenizer.json").is_file():
-        from transformers import AutoTokenizer as tokenizer_class  # noqa: N813
+        from transformers import AutoTokenizer
+
+        tokenizer_class = AutoTokenizer
     try:
         return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers and transformers raise bare Exceptions for malformed files

@@ -29,13 +29,13 @@ def download(repo: str, revision: str | None, short_names: Sequence[str]) -> Pat
 
     try:
         folder = snapshot_download(repo, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED)
-    except (
-        Exception
-    ) as error:  # HTTP, DNS, proxy, TLS, validation, disk: dozens of types in several libraries
+    # HTTP, DNS, proxy, TLS, validation, disk: dozens of types in several libraries.
+    except Exception as error:
         reason = str(error).strip().splitlines()
         raise HubUnavailableError(
-            f"cannot get {repo!r} from the Hugging Face hub: {type(error).__name__}: {reason[0] if reason else ''}\n"
-            f"Without the hub, use a short name ({', '.join(short_names)}), the path of a .gguf file, or the path of a "
-            "folder with config.json and model.safetensors. For a private or gated model set HF_TOKEN."
+            f"cannot get {repo!r} from the Hugging Face hub: {type(error).__name__}: "
+            f"{reason[0] if reason else 'no reason given'}\n"
+            f"Without the hub, use a short name ({', '.join(short_names)}), a .gguf file, or a folder "
+            "with config.json and model.safetensors. For a private or gated model set HF_TOKEN."
         ) from error
     return Path(folder)

@@ -45,7 +45,7 @@ def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     raw = read_json(path)
     if raw.get("quantization_config"):
         raise UnsupportedCheckpointError(
-            f"{folder}: quantised Hugging Face checkpoints are not supported; load the unquantised one or a GGUF"
+            f"{folder}: quantised Hugging Face weights are not supported; load unquantised or GGUF ones"
         )
     config = ModelConfig.from_hf(raw)
     generation_path = folder / "generation_config.json"
@@ -99,10 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CorruptCheckpointError(f"{path}: larger than {_MAX_JSON} bytes, which no configuration is")
     try:
         value = json.loads(path.read_bytes())
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: bad JSON, bad UTF-8, integers of thousands of digits
+    # ValueError is bad JSON, bad UTF-8, or an integer of thousands of digits.
+    except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
         raise CorruptCheckpointError(
@@ -139,8 +137,8 @@ def _no_weights(folder: Path) -> Exception:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         return UnsupportedCheckpointError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read, so jpaged never does; download "
-            "the model's safetensors or convert it (https://huggingface.co/spaces/safetensors/convert)"
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read, so jpaged never does; "
+            "download the model's safetensors or convert it (https://huggingface.co/spaces/safetensors/convert)"
         )
     return CheckpointNotFoundError(
         f"{folder}: there is neither model.safetensors nor {_INDEX}; download the weights"

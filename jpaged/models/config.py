@@ -167,7 +167,8 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UnsupportedModelError(
-                f"model_type {model_type!r} is not supported; supported families: {', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"model_type {model_type!r} is not supported; supported families: "
+                f"{', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         read = Reader(config, "config")
         heads = read.size("num_attention_heads", maximum=_MAX_HEADS)
@@ -181,7 +182,7 @@ class ModelConfig:
             )
         if config.get("head_dim") is None and hidden % heads:
             raise ModelConfigError(
-                f"hidden_size = {hidden} is no multiple of num_attention_heads = {heads}, and head_dim is not given"
+                f"hidden_size = {hidden} is no multiple of num_attention_heads = {heads}; give head_dim"
             )
         head_dim = read.size("head_dim", maximum=_MAX_WIDTH, default=hidden // heads)
         positions = read.size("max_position_embeddings", maximum=_MAX_POSITIONS)

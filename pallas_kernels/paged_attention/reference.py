@@ -1,6 +1,6 @@
 """The test oracle: gather whole contexts through the block tables, mask, softmax. Clear, and slow.
 
-The layout of a layer's pool is [num_blocks, block_size, 2, Hkv, D]; [..., 0, :, :] are keys, [..., 1, :, :] values.
+A layer's pool is [num_blocks, 2, Hkv, block_size, D]; [:, 0] are keys, [:, 1] are values.
 """
 
 import jax
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 def paged_attention(
     q: jax.Array,  # [N, C, Hq, D]: C consecutive queries of each of N rows
-    kv: jax.Array,  # [num_blocks, block_size, 2, Hkv, D]
+    kv: jax.Array,  # [num_blocks, 2, Hkv, block_size, D]
     tables: jax.Array,  # int32 [N, W]
     starts: jax.Array,  # int32 [N]: position of the first query
     lengths: jax.Array,  # int32 [N]: real queries; the others give zeros
@@ -19,8 +19,9 @@ def paged_attention(
     logit_soft_cap: float | None = None,
 ) -> jax.Array:  # [N, C, Hq, D]
     n, c, heads, size = q.shape
-    keys, values = jnp.moveaxis(kv[tables].reshape(n, -1, *kv.shape[2:]), 2, 0)  # [N, S, Hkv, D] each
-    grouped = q.reshape(n, c, kv.shape[3], -1, size).astype(jnp.float32)
+    gathered = kv[tables].transpose(2, 0, 1, 4, 3, 5)  # [2, N, W, block_size, Hkv, D]
+    keys, values = gathered.reshape(2, n, -1, kv.shape[2], size)  # [N, S, Hkv, D] each
+    grouped = q.reshape(n, c, kv.shape[2], -1, size).astype(jnp.float32)
     scores = jnp.einsum("nckgd,nskd->nkgcs", grouped, keys.astype(jnp.float32)) * scale
     if logit_soft_cap is not None:
         scores = logit_soft_cap * jnp.tanh(scores / logit_soft_cap)
