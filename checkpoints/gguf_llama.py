@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import TILE, Progress, Task, aligned_arrays, copy_cast, expand, run_tasks
+from checkpoints.arrays import TILE, Progress, Task, copy_cast, expand
 from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
-from checkpoints.gguf import GGUFFile, GGUFTensor
-from checkpoints.llama import Leaf, check_tensors, insert, leaves
+from checkpoints.gguf import GGUFFile
+from checkpoints.gguf_quants import GGMLType
+from checkpoints.llama import Leaf, check_tensors, leaves, read_params
 from jpaged.models.config import ModelConfig
 
 SUPPORTED_ARCHITECTURES = ("llama",)
@@ -85,24 +86,16 @@ def params_from_gguf(
         MissingWeightsError: the file's tensors are not those that `config` asks for.
         UnsupportedCheckpointError: a quantised norm or bias.
     """
-    wanted = list(leaves(config))
     check_tensors(
         str(file.path),
-        {leaf.gguf: leaf.stored_shape for leaf in wanted},
+        {leaf.gguf: leaf.stored_shape for leaf in leaves(config)},
         {name: tensor.shape for name, tensor in file.tensors.items() if name != _ROPE_DIVISORS},
     )
-    params: dict[str, Any] = {}
-    tasks: list[Task] = []
-    for leaf, array in zip(wanted, aligned_arrays((leaf.shape for leaf in wanted), dtype), strict=True):
-        insert(params, leaf.path, array)
-        tasks += _tasks(file, file.tensors[leaf.gguf], leaf, array)
-    run_tasks(tasks, progress)
-    return params
+    return read_params(config, dtype, partial(_tasks, file), progress)
 
 
 def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
-    """Which row of llama.cpp's q or k each row of the half-rotation layout is: intp [width], width = heads *
-    D.
+    """Which row of llama.cpp's q or k is each row of ours: intp [width], width = heads * head_dim.
 
     llama.cpp rotates neighbours, (2i, 2i + 1); Hugging Face rotates halves, (i, i + D/2). Its converter
     therefore moves row s * D/2 + i of every head to 2i + s; here is the way back.
@@ -110,8 +103,9 @@ def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
     return np.arange(width).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _tasks(file: GGUFFile, tensor: GGUFTensor, leaf: Leaf, array: NDArray) -> Iterator[Task]:
+def _tasks(file: GGUFFile, leaf: Leaf, array: NDArray) -> Iterator[Task]:
     """Cuts one tensor into ranges of rows of about `TILE` to 1 M weights."""
+    tensor = file.tensors[leaf.gguf]
     raw = file.rows(tensor)
     if len(tensor.shape) == 1:
         if tensor.type.dtype is None:
@@ -125,30 +119,20 @@ def _tasks(file: GGUFFile, tensor: GGUFTensor, leaf: Leaf, array: NDArray) -> It
     else:
         step = max(1, (1 << 20) // prod(tensor.shape[1:]))
     for start in range(0, len(raw), step):
-        part = raw[start : start + step]
-        rows = slice(start, start + len(part))
-        if order is not None:
-            source = partial(raw.__getitem__, order[rows])  # gathers bytes, in the worker
-        else:
-            source = partial(raw.__getitem__, rows)
+        rows = slice(start, min(start + step, len(raw)))
+        source = rows if order is None else order[rows]  # with an order, the worker gathers rows of bytes
         target = array[:, rows] if leaf.transposed else array[rows]
-        last = start + step >= len(raw)
-        yield Task(
-            tensor.name, part.size, partial(_fill, file, tensor, source, target, leaf.transposed, last)
-        )
+        nbytes = raw[rows].size
+        yield Task(tensor.name, nbytes, partial(_fill, raw, source, tensor.type, target, leaf.transposed))
+    yield Task(tensor.name, 0, partial(file.release, tensor))
 
 
-def _fill(
-    file: GGUFFile, tensor: GGUFTensor, source: Any, target: NDArray, transposed: bool, last: bool
-) -> None:
-    raw = source()
-    if tensor.type.dtype is None:
-        expand(raw, tensor.type, target, transpose=transposed)
+def _fill(raw: NDArray, rows: Any, kind: GGMLType, target: NDArray, transposed: bool) -> None:
+    if kind.dtype is None:
+        expand(raw[rows], kind, target, transpose=transposed)
     else:
-        values = raw.view(tensor.type.dtype)
+        values = raw[rows].view(kind.dtype)
         copy_cast(values.T if transposed else values, target)
-    if last:  # keeps the resident set near the size of the parameters
-        file.release(tensor)
 
 
 def _scalar(file: GGUFFile, prefix: str, key: str, default: Any = None) -> Any:

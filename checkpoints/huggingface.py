@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import Progress, Task, aligned_arrays, copy_cast, run_tasks
+from checkpoints.arrays import Progress, Task, copy_cast
 from checkpoints.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from checkpoints.llama import Leaf, check_tensors, insert, leaves
+from checkpoints.llama import Leaf, check_tensors, leaves, read_params
 from checkpoints.safetensors_reader import SafetensorsFile, StoredTensor
 from jpaged.models.config import ModelConfig, token_ids
 
@@ -77,20 +77,12 @@ def params_from_folder(
                     f"{path}: tensor {name!r} is in another file of the checkpoint, too"
                 )
             where[name] = (file, tensor)
-    wanted = list(leaves(config))
     check_tensors(
         str(folder),
-        {leaf.hf: leaf.stored_shape for leaf in wanted},
+        {leaf.hf: leaf.stored_shape for leaf in leaves(config)},
         {name: tensor.shape for name, (_, tensor) in where.items() if not _redundant(name, config)},
     )
-    params: dict[str, Any] = {}
-    tasks: list[Task] = []
-    for leaf, array in zip(wanted, aligned_arrays((leaf.shape for leaf in wanted), dtype), strict=True):
-        file, tensor = where[leaf.hf]
-        insert(params, leaf.path, array)
-        tasks += _tasks(file, tensor, leaf, array)
-    run_tasks(tasks, progress)
-    return params
+    return read_params(config, dtype, lambda leaf, array: _tasks(*where[leaf.hf], leaf, array), progress)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -162,23 +154,12 @@ def _tasks(file: SafetensorsFile, tensor: StoredTensor, leaf: Leaf, array: NDArr
     source = file.read(tensor)
     step = max(256, (1 << 20) // (source.size // len(source)))
     for start in range(0, len(source), step):
-        rows = slice(start, start + step)
-        target = array[:, rows] if leaf.transposed else array[rows]
-        last = start + step >= len(source)
-        part = source[rows]
-        yield Task(
-            tensor.name, part.nbytes, partial(_copy, file, tensor, part, target, leaf.transposed, last)
-        )
-
-
-def _copy(
-    file: SafetensorsFile,
-    tensor: StoredTensor,
-    source: NDArray,
-    target: NDArray,
-    transposed: bool,
-    last: bool,
-) -> None:
-    copy_cast(source.T if transposed else source, target)
-    if last:  # keeps the resident set near the size of the parameters
-        file.release(tensor)
+        part = source[start : start + step]
+        rows = slice(start, start + len(part))
+        if leaf.transposed:
+            yield Task(tensor.name, part.nbytes, partial(copy_cast, part.T, array[:, rows]))
+        else:
+            yield Task(tensor.name, part.nbytes, partial(copy_cast, part, array[rows]))
+    yield Task(
+        tensor.name, 0, partial(file.release, tensor)
+    )  # the resident set stays near the parameters' size

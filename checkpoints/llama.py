@@ -11,10 +11,14 @@
 Kernels are stored [out, in] by everybody else. q and k follow the half-rotation convention of RoPE.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from checkpoints.arrays import Progress, Task, aligned_arrays, run_tasks
 from checkpoints.errors import MissingWeightsError
 from jpaged.models.config import ModelConfig
 
@@ -107,11 +111,36 @@ def _projections(
             yield Leaf((*path, "bias"), (fan_out,), f"{hf}.bias", f"{ggml}.bias", rotary_heads)
 
 
-def insert(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    """tree[path[0]][path[1]]... = value, making the dictionaries on the way."""
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+def read_params(
+    config: ModelConfig,
+    dtype: np.dtype,
+    tasks_of: Callable[[Leaf, NDArray], Iterable[Task]],
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Allocates all parameters and fills them.
+
+    Args:
+        config: the model.
+        dtype: element type of every leaf.
+        tasks_of: given a leaf and its array, the tasks that fill the array from a checkpoint.
+        progress: see `checkpoints.arrays.Progress`.
+
+    Returns:
+        The tree described above. Its arrays are read-only, for JAX may share their memory.
+    """
+    wanted = list(leaves(config))
+    arrays = aligned_arrays((leaf.shape for leaf in wanted), dtype)
+    run_tasks(
+        [task for leaf, array in zip(wanted, arrays, strict=True) for task in tasks_of(leaf, array)], progress
+    )
+    params: dict[str, Any] = {}
+    for leaf, array in zip(wanted, arrays, strict=True):
+        array.flags.writeable = False
+        node = params
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = array
+    return params
 
 
 def check_tensors(

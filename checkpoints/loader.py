@@ -114,7 +114,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     if text in SHORT_NAMES and revision is None:
         return _find_packaged(text)
     path = Path(text).expanduser()
-    if path.exists() or text in SHORT_NAMES:
+    if text in SHORT_NAMES or (text and path.exists()):
         if revision is not None:
             raise CheckpointError(
                 f"revision={revision!r} only means something for hub ids, and {text!r} is local"

@@ -7,6 +7,7 @@ Steps run on the device in the order of their launches, and each takes the pool 
 before it returned (donated: updated in place).
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -67,6 +68,8 @@ class Runner:
         self._compiled: dict[tuple, Any] = {}
         self._make_state = functools.partial(batch.empty, max_num_seqs, max_model_len, pool.block_size,
                                              config.vocab_size)
+        self.on_compile: Callable[[tuple], contextlib.AbstractContextManager] = contextlib.nullcontext
+        """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
         self.pool: tuple[jax.Array, ...] = ()
         self.state = jax.eval_shape(self._make_state)
         self._admit = jax.jit(batch.admit, donate_argnums=0)
@@ -104,7 +107,8 @@ class Runner:
     def _compile(self, key: tuple, function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
         if key not in self._compiled:
             abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-            self._compiled[key] = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+            with self.on_compile(key):
+                self._compiled[key] = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
         return self._compiled[key]
 
     # ------------------------------------------------------------------------------------------------ launch

@@ -17,6 +17,8 @@ NEG_INF = -1e30  # finite, so that rows with nothing to attend to give zeros, no
 def write_kv(kv_pool, k, v, slots):
     """Write k, v [T, Hkv, D] at slots [T] (block * block_size + offset); in place where kv_pool is donated."""
     block_size = kv_pool.shape[3]
+    if slots.shape[0] == 1:  # XLA:CPU copies the whole pool for a scatter of one row: write the null block too
+        k, v, slots = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v, slots))
     return kv_pool.at[slots // block_size, :, :, slots % block_size].set(jnp.stack([k, v], axis=1).astype(kv_pool.dtype))
 
 

@@ -1,0 +1,79 @@
+"""Flags from dataclasses: names, types, defaults and help texts are those of `EngineConfig` and `SamplingParams`.
+
+    EngineFlags = flags_of(EngineConfig, "EngineFlags", defaults={"warmup": False})
+    config = build(EngineConfig, parsed_flags, max_num_seqs=4)
+"""
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+import types
+import typing
+from collections.abc import Collection, Mapping
+from typing import Annotated, Any
+
+from tyro import conf
+
+NOT_FLAGS = ("detokenize", "output_kind", "logit_bias", "allowed_token_ids", "best_of", "use_beam_search",
+             "structured_outputs", "prompt_logprobs")
+"""Of SamplingParams: what the commands decide themselves, what needs more than a word to say, what is not offered."""
+
+
+def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
+             helps: Mapping[str, str] | None = None) -> Any:
+    """A dataclass for tyro with the fields of another.
+
+    Args:
+      source: a dataclass with a default for every field, and docstrings under them.
+      name: of the new class.
+      leave_out: fields that get no flag.
+      defaults: defaults that differ from the source's.
+      helps: help texts that differ from the source's docstrings.
+
+    Returns: a dataclass type (a value, so that a type checker takes its instances as Any).
+    """
+    defaults, docs, hints = defaults or {}, field_docs(source) | dict(helps or {}), typing.get_type_hints(source)
+    unknown = {*leave_out, *defaults, *(helps or {})} - set(hints)
+    if unknown:
+        raise TypeError(f"{source.__name__} has no {', '.join(sorted(unknown))}")
+    fields = [
+        (f.name, Annotated[_one_type(hints[f.name]), conf.arg(help=docs.get(f.name))],
+         dataclasses.field(default=defaults.get(f.name, f.default)))
+        for f in dataclasses.fields(source) if f.name not in leave_out]
+    made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
+    made.__doc__ = ""  # otherwise the signature, which would stand in the help
+    return made
+
+
+def build(target: type, flags: Any, **changes: Any) -> Any:
+    """An instance of the dataclass that the flags were made of.
+
+    Args:
+      target: `EngineConfig` or `SamplingParams`.
+      flags: an instance of what `flags_of` returned for it.
+      **changes: fields that are not as the flags have them.
+    """
+    return target(**{**{f.name: getattr(flags, f.name) for f in dataclasses.fields(flags)}, **changes})
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string under each field of a dataclass; Python itself forgets them."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    body = typing.cast(ast.ClassDef, tree.body[0]).body
+    docs = {}
+    for field, below in itertools.pairwise(body):
+        if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr)
+                and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)):
+            docs[field.target.id] = inspect.cleandoc(below.value.value)
+    return docs
+
+
+def _one_type(hint: Any) -> Any:
+    """`str | list[str] | tuple[str, ...]` says the same three times: a command line needs the tuple only."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        for member in typing.get_args(hint):
+            if typing.get_origin(member) is tuple:
+                return member
+    return hint

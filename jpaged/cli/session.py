@@ -1,0 +1,90 @@
+"""Opening an engine for a command, with reports of what is loaded and what is compiled."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jpaged.cli.status import Status
+from jpaged.config import EngineConfig
+
+if TYPE_CHECKING:
+    from jpaged.engine import LLMEngine
+
+
+class CompileReport:
+    """Tells of each program that the runner compiles; one line sums up when the first answer comes."""
+
+    def __init__(self, status: Status, tile_size: int) -> None:
+        self._status = status
+        self._tile_size = tile_size
+        self._misses = CacheEvents.get().misses
+        self._count, self._seconds = 0, 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, key: tuple) -> Iterator[None]:
+        start = time.monotonic()
+        with self._status.doing(f"compiling {describe(key, self._tile_size)}"):
+            yield
+        self._count += 1
+        self._seconds += time.monotonic() - start
+
+    def settle(self) -> None:
+        """Leaves a line on a terminal, where the ticking ones are gone, if anything was really compiled."""
+        misses = CacheEvents.get().misses
+        if self._count and misses > self._misses and self._status.on_terminal and not self._status.muted:
+            self._status.line(f"compiled {self._count} programs in {self._seconds:.1f} s; "
+                              "the next start finds them in the cache")
+        self._misses, self._count, self._seconds = misses, 0, 0.0
+
+
+class CacheEvents:
+    """Counts what JAX's persistent compilation cache had and what was compiled, in this process."""
+
+    _only: "CacheEvents | None" = None
+
+    def __init__(self) -> None:
+        self.hits = self.misses = 0
+
+    @classmethod
+    def get(cls) -> "CacheEvents":
+        if cls._only is None:
+            import jax
+
+            cls._only = cls()
+            jax.monitoring.register_event_listener(cls._only._take)
+        return cls._only
+
+    def _take(self, event: str, **_: Any) -> None:
+        self.hits += event == "/jax/compilation_cache/cache_hits"
+        self.misses += event == "/jax/compilation_cache/cache_misses"
+
+
+def describe(key: tuple, tile_size: int) -> str:
+    """What the runner compiles under this key, in words."""
+    match key:
+        case ("forward", bucket):
+            rows = f"{bucket.decode_rows} row{'s' if bucket.decode_rows > 1 else ''}"
+            prompts = f" + {bucket.prefill_tiles * tile_size} prompt tokens" if bucket.prefill_tiles else ""
+            return f"a step for {rows}{prompts}"
+        case ("sample", count, _):
+            return f"the sampler for {count} row{'s' if count > 1 else ''}"
+    return "prompt log-probabilities"
+
+
+def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, CompileReport]":
+    """Loads the model. With `config.warmup` off, steps are compiled (and reported) when they are first needed."""
+    with status.doing("starting JAX"):
+        from jpaged.engine import LLMEngine
+
+        import jax
+
+        jax.devices()
+    report = CompileReport(status, config.prefill_tile_size)
+    # On a terminal the engine shows bars of its own.
+    quiet = contextlib.nullcontext() if status.on_terminal else status.doing(
+        f"loading {config.model}" + (" and compiling its steps" if config.warmup else ""))
+    with quiet:
+        engine = LLMEngine(config)
+    engine.runner.on_compile = report
+    return engine, report

@@ -1,0 +1,92 @@
+"""Greedy tokens and log-probabilities equal Hugging Face's, however the work is cut and whatever goes wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jpaged import SamplingParams
+
+from tests.engine.support import GOLDENS, run
+
+CHATS = json.loads((GOLDENS / "smollm2_chats.json").read_text())
+TINY = np.load(GOLDENS / "models" / "llama" / "reference.npz")
+
+
+def add_chats(engine, **params):
+    for i, chat in enumerate(CHATS):
+        greedy = SamplingParams(temperature=0, max_tokens=48, logprobs=5, **params)
+        engine.add_request(str(i), {"prompt_token_ids": chat["prompt_token_ids"]}, greedy)
+
+
+def check_chat(output, chat):
+    completion = output.outputs[0]
+    assert completion.token_ids == chat["output_token_ids"]
+    assert completion.text == chat["output_text"]
+    for token, at, expected, ids, values in zip(completion.token_ids, completion.logprobs, chat["logprobs"],
+                                                chat["top5_ids"], chat["top5_logprobs"], strict=True):
+        assert at[token].logprob == pytest.approx(expected, abs=1e-3)
+        assert {t: at[t].logprob for t in ids} == pytest.approx(dict(zip(ids, values, strict=True)), abs=1e-3)
+
+
+def test_chat_template_gives_the_reference_prompt(smollm2):
+    engine = smollm2()
+    for i, chat in enumerate(CHATS):
+        engine.add_request(str(i), chat["messages"], SamplingParams(max_tokens=1))
+        group = engine.scheduler._waiting[i][1]
+        assert group.prompt == chat["prompt_text"]
+        assert group.prompt_token_ids == chat["prompt_token_ids"]
+    engine.abort([str(i) for i in range(len(CHATS))])
+
+
+def test_twenty_chats_together(smollm2):
+    engine = smollm2()
+    add_chats(engine)
+    finished = run(engine)
+    for i, chat in enumerate(CHATS):
+        check_chat(finished[str(i)], chat)
+
+
+def test_preempted_aborted_and_in_chunks_of_64(smollm2):
+    """A pool that holds little more than the longest chat, chunks of 64 tokens, and every other chat is aborted."""
+    engine = smollm2(num_blocks=104, max_num_batched_tokens=64 + 8, enable_prefix_caching=False)
+    add_chats(engine)
+    victims = [str(i) for i in range(0, 20, 2)]
+
+    def abort_some(step):
+        if step % 5 == 4 and victims:
+            engine.abort(victims.pop(0))
+
+    finished = run(engine, after_step=abort_some)
+    assert engine.scheduler.num_preemptions > 0
+    for i, chat in enumerate(CHATS):
+        output = finished[str(i)].outputs[0]
+        if output.finish_reason == "abort":
+            assert output.token_ids == chat["output_token_ids"][: len(output.token_ids)]
+        else:
+            check_chat(finished[str(i)], chat)
+    assert sum(o.outputs[0].finish_reason == "abort" for o in finished.values()) >= 5
+
+
+@pytest.mark.parametrize("prompt", ["p0", "p1"])
+def test_tiny_llama_greedy(tiny, prompt):
+    engine = tiny()
+    ids = TINY[f"{prompt}_input_ids"].tolist()
+    engine.add_request("a", {"prompt_token_ids": ids},
+                       SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5, prompt_logprobs=5))
+    output = run(engine)["a"]
+    completion = output.outputs[0]
+    assert completion.token_ids == TINY[f"{prompt}_greedy_ids"].tolist()
+    for at, ids5, values in zip(completion.logprobs, TINY[f"{prompt}_top5_ids"], TINY[f"{prompt}_top5_logprobs"], strict=True):
+        assert [at[int(t)].logprob for t in ids5] == pytest.approx(values.tolist(), abs=1e-3)
+        assert [at[int(t)].rank for t in ids5] == [1, 2, 3, 4, 5]
+    logits = TINY[f"{prompt}_logits"].astype(np.float64)
+    expected = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    assert output.prompt_logprobs[0] is None
+    assert len(output.prompt_logprobs) == len(ids)
+    for position in range(1, len(ids)):
+        token = ids[position]
+        at = output.prompt_logprobs[position]
+        assert at[token].logprob == pytest.approx(expected[position - 1, token], abs=1e-3)
+        assert at[token].rank == 1 + (expected[position - 1] > expected[position - 1, token]).sum()
+        assert len(at) in (5, 6)
