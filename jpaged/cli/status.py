@@ -24,31 +24,37 @@ class Status:
         self._write(text + "\n")
 
     @contextlib.contextmanager
-    def doing(self, what: str) -> Iterator[None]:
-        """Reports something while it lasts, and how long it took."""
+    def doing(self, what: str) -> Iterator[list[str]]:
+        """Reports something while it lasts, and how long it took; gives a list to add remarks to."""
+        remarks: list[str] = []
         if self.muted:
-            yield
+            yield remarks
         elif self.on_terminal:
             with self._ticking(what):
-                yield
+                yield remarks
         else:
             start = time.monotonic()
             self._write(f"{what} ... ")
             try:
-                yield
+                yield remarks
             except BaseException:
                 self._write("\n")
                 raise
-            self._write(f"{time.monotonic() - start:.1f} s\n")
+            self._write(", ".join((f"{time.monotonic() - start:.1f} s", *remarks)) + "\n")
 
     @contextlib.contextmanager
     def _ticking(self, what: str) -> Iterator[None]:
         done, start = threading.Event(), time.monotonic()
 
         def tick() -> None:
+            shown = ""
             while not done.wait(0.2):  # what is over at once does not flicker by
-                self._write(f"\r\x1b[2K{what} ... {time.monotonic() - start:.0f} s")
-            self._write("\r\x1b[2K")
+                line = f"\r\x1b[2K{what} ... {time.monotonic() - start:.0f} s"
+                if line != shown:
+                    self._write(line)
+                    shown = line
+            if shown:
+                self._write("\r\x1b[2K")
 
         # XLA compiles without holding Python's lock, so the line keeps ticking.
         ticker = threading.Thread(target=tick, daemon=True)

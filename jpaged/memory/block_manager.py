@@ -40,7 +40,7 @@ class BlockManager:
                  watermark: float = 0.01, enable_prefix_caching: bool = True) -> None:
         self.block_size = block_size
         self.cache = PrefixCache(block_size) if enable_prefix_caching else None
-        self.allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache else None)
+        self.allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache is not None else None)
         self.watermark_blocks = int(watermark * self.allocator.num_usable)
         self.tables = np.full((max_rows, max_blocks_per_row), NULL_BLOCK, np.int32)
         self.counts = np.zeros(max_rows, np.int32)

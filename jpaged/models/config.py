@@ -45,19 +45,17 @@ class RopeConfig:
     """Base of the geometric series of wavelengths."""
 
     factor: float | None = None
-    """Context extension factor, >= 1 (linear, dynamic, llama3, yarn, longrope). Where yarn or longrope leave
-    it out, it is filled in as max_position_embeddings / original_max_position_embeddings."""
+    """Context extension factor, >= 1; None for default. Where yarn or longrope leave it out, it is filled in:
+    max_position_embeddings / original_max_position_embeddings."""
 
     original_max_position_embeddings: int | None = None
     """Context length of pre-training, in tokens. Always set when rope_type is neither default nor linear."""
 
     low_freq_factor: float | None = None
-    """llama3: wavelengths longer than original_max_position_embeddings / low_freq_factor are divided by
-    `factor`."""
+    """llama3: frequencies with wavelengths beyond original context / this are divided by `factor`."""
 
     high_freq_factor: float | None = None
-    """llama3: wavelengths shorter than original_max_position_embeddings / high_freq_factor stay as they
-    are."""
+    """llama3: frequencies with wavelengths below original context / this are left alone."""
 
     beta_fast: float = 32.0
     """yarn: rotations over the original context above which a dimension is left alone."""

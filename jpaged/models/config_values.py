@@ -1,5 +1,4 @@
-"""Reading numbers from an untrusted configuration: typed, finite, bounded, or an error that says what to
-change."""
+"""Values of an untrusted configuration: typed, finite, bounded, or an error that says what to change."""
 
 import math
 from collections.abc import Mapping
@@ -15,8 +14,7 @@ class UnsupportedModelError(ModelConfigError):
 
 
 def token_ids(value: Any, name: str, vocab_size: int) -> tuple[int, ...]:
-    """Reads `None`, one token id or a list of them as a tuple without repetitions; `name` is used in
-    messages.
+    """`None`, one token id or a list of them, as a tuple without repetitions; `name` is for messages.
 
     Raises:
         ModelConfigError: not integers, more than 1024 of them, or outside [0, vocab_size).

@@ -31,6 +31,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
             frequencies, attention = _llama3(rope, base), 1.0
         case "yarn":
             frequencies, attention = _yarn(rope, base, dim)
+        case "longrope" if rope.short_factor == rope.long_factor:  # then nothing depends on the text's length
+            frequencies, attention = base / np.array(rope.short_factor), rope.attention_factor or 1.0
         case other:
             raise UnsupportedModelError(f"rope_type {other!r} is not supported by this model.")
     return frequencies.astype(np.float32), attention

@@ -42,17 +42,23 @@ def sample(
         logits = penalize(logits, tokens[rows], positions, p)
     if variant.rules:
         logits = apply_rules(logits, tokens[rows], positions, jax.tree.map(lambda leaf: leaf[rows], rules))
-    chosen = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    chosen = _argmax(logits)
     if variant.sample:
         keys = jax.vmap(_key)(p["seed_high"], p["seed_low"], p["sequence_index"], positions)
         greedy = p["temperature"] == 0
         scaled = logits / jnp.where(greedy, 1.0, p["temperature"])[:, None]
         if variant.truncate:
             scaled = truncate(scaled, p["top_k"], p["top_p"], p["min_p"])
-        chosen = jnp.where(greedy, chosen, draw(scaled, jax.vmap(jax.random.uniform)(keys)))
+        chosen = jnp.where(greedy, chosen, draw(scaled, keys))
     null_row = tokens.shape[0] - 1
     tokens = tokens.at[jnp.where(samples, rows, null_row), positions].set(chosen, mode="drop")
     return tokens, jnp.concatenate([chosen[:, None], logprobs(raw, chosen, variant.num_logprobs)], axis=1)
+
+
+def _argmax(x: jax.Array) -> jax.Array:
+    """The first index of the largest of x [N, V]; two plain reductions, which XLA:CPU runs 6 times faster than argmax."""
+    index = jnp.arange(x.shape[-1], dtype=jnp.int32)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1]).min(axis=-1)
 
 
 def _key(high: jax.Array, low: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
@@ -150,29 +156,19 @@ def _threshold(order: jax.Array, enough) -> jax.Array:
     return jax.lax.fori_loop(0, 32, body, jnp.full(order.shape[:1], jnp.iinfo(jnp.int32).min, jnp.int32))
 
 
-def draw(logits: jax.Array, uniform: jax.Array, group: int = 256) -> jax.Array:
-    """Draws from softmax(logits) [N, V] by inverting the cumulative distribution at uniform [N] in [0, 1).
+def draw(logits: jax.Array, keys: jax.Array) -> jax.Array:
+    """Draws from softmax(logits) [N, V], one key a row: the token whose exponential clock rings first.
 
-    The sum runs over groups of the vocabulary first and inside one group then, so that no cumulative sum is as
-    long as the vocabulary.
+    With clocks E ~ Exp(1), argmax(p / E) is distributed as p (Gumbel-max, written with one logarithm). Each token has
+    a clock of its own, so the rounding that differs between batch shapes moves a draw only if two clocks are within
+    rounding of each other, or if a token at the edge of a filter would have won; inverting a cumulative sum would
+    feel every token before the drawn one.
     """
-    n, vocab = logits.shape
+    bits = jax.vmap(lambda key: jax.random.bits(key, logits.shape[1:], jnp.uint32))(keys)
+    # All 32 bits near 0, where winners are; never 0 or 1, where a clock would ring at once or not at all.
+    uniform = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1 - 2.0**-24)
     weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-    weights = jnp.pad(weights, ((0, 0), (0, -vocab % group))).reshape(n, -1, group)
-    sums = weights.sum(-1)  # [N, G]
-    chosen, rest = _invert(sums, uniform * sums.sum(-1))
-    inside = jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0]  # [N, group]
-    offset, _ = _invert(inside, rest)
-    return (chosen * group + offset).astype(jnp.int32)
-
-
-def _invert(weights: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The first index where the cumulative sum of weights [N, M] exceeds target [N]; and target minus what is before."""
-    upto = jnp.cumsum(weights, axis=-1)
-    last = weights.shape[-1] - 1 - jnp.argmax(weights[:, ::-1] > 0, axis=-1)  # rounding must not run past it
-    index = jnp.minimum((upto <= target[:, None]).sum(-1), last)
-    before = jnp.take_along_axis(upto - weights, index[:, None], axis=-1)[:, 0]
-    return index, jnp.maximum(target - before, 0.0)
+    return _argmax(weights / -jnp.log1p(-uniform))
 
 
 def logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> jax.Array:

@@ -187,6 +187,7 @@ def test_leaves_are_contiguous_aligned_and_taken_by_jax_without_a_copy(tmp_path)
         params = load_bytes(tmp_path, golden_as_gguf(), dtype=dtype, skip_tokenizer=True).params
         for leaf in jax.tree.leaves(params):
             assert leaf.flags.c_contiguous
+            assert not leaf.flags.writeable
             assert leaf.ctypes.data % 64 == 0
             on_device = jax.device_put(leaf, jax.devices("cpu")[0])
             assert on_device.unsafe_buffer_pointer() == leaf.ctypes.data

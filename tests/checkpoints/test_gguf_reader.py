@@ -85,7 +85,7 @@ def test_release_keeps_the_bytes(tmp_path):
     weights = np.arange(1 << 16, dtype=np.float32)
     file = GGUFFile(write(tmp_path, gguf_bytes({}, {"w": (F32, (1 << 16,), weights.tobytes())})))
     rows = file.rows(file.tensors["w"])
-    file.release(file.tensors["w"])
+    file.release(file.tensors["w"], 0, weights.nbytes)
     np.testing.assert_array_equal(rows.view(np.float32)[0], weights)
 
 

@@ -82,8 +82,12 @@ def test_what_does_not_exist_is_explained(tmp_path, gguf):
         CheckpointNotFoundError, match=r"does not exist.*short name.*\.gguf.*folder.*org/name"
     ):
         load("/no/such/place")
-    with pytest.raises(CheckpointNotFoundError, match="short name"):
-        load("")
+    for name in ("", "x" * 5000, "a/b/c/d", "null\0byte", "~nobody/model"):
+        with pytest.raises(CheckpointNotFoundError, match="short name"):
+            load(name)
+    for name in (None, 7, b"smollm2-135m"):
+        with pytest.raises(CheckpointError, match="string or a path"):
+            load(name)
 
 
 def test_folders_and_files_of_other_kinds_are_explained(tmp_path, gguf):

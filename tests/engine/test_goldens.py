@@ -13,9 +13,9 @@ CHATS = json.loads((GOLDENS / "smollm2_chats.json").read_text())
 TINY = np.load(GOLDENS / "models" / "llama" / "reference.npz")
 
 
-def add_chats(engine, **params):
-    for i, chat in enumerate(CHATS):
-        greedy = SamplingParams(temperature=0, max_tokens=48, logprobs=5, **params)
+def add_chats(engine, chats):
+    greedy = SamplingParams(temperature=0, max_tokens=48, logprobs=5)
+    for i, chat in chats.items():
         engine.add_request(str(i), {"prompt_token_ids": chat["prompt_token_ids"]}, greedy)
 
 
@@ -41,7 +41,7 @@ def test_chat_template_gives_the_reference_prompt(smollm2):
 
 def test_twenty_chats_together(smollm2):
     engine = smollm2()
-    add_chats(engine)
+    add_chats(engine, dict(enumerate(CHATS)))
     finished = run(engine)
     for i, chat in enumerate(CHATS):
         check_chat(finished[str(i)], chat)
@@ -49,17 +49,18 @@ def test_twenty_chats_together(smollm2):
 
 def test_preempted_aborted_and_in_chunks_of_64(smollm2):
     """A pool that holds little more than the longest chat, chunks of 64 tokens, and every other chat is aborted."""
-    engine = smollm2(num_blocks=104, max_num_batched_tokens=64 + 8, enable_prefix_caching=False)
-    add_chats(engine)
-    victims = [str(i) for i in range(0, 20, 2)]
+    engine = smollm2(num_blocks=32, max_num_batched_tokens=64 + 8, enable_prefix_caching=False)
+    chats = {i: chat for i, chat in enumerate(CHATS) if len(chat["prompt_token_ids"]) <= 300}
+    add_chats(engine, chats)
+    victims = [str(i) for i in chats if i % 2 == 0]
 
     def abort_some(step):
-        if step % 5 == 4 and victims:
+        if step % 8 == 7 and victims:
             engine.abort(victims.pop(0))
 
     finished = run(engine, after_step=abort_some)
     assert engine.scheduler.num_preemptions > 0
-    for i, chat in enumerate(CHATS):
+    for i, chat in chats.items():
         output = finished[str(i)].outputs[0]
         if output.finish_reason == "abort":
             assert output.token_ids == chat["output_token_ids"][: len(output.token_ids)]

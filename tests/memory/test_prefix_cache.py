@@ -72,12 +72,3 @@ def test_a_colliding_digest_is_no_hit(monkeypatch):
     assert cache.match([3, 4, 0], ROOT)[0] == [], "other tokens"
     assert cache.match([1, 2, 0], root_digest("salt"))[0] == [], "another parent"
     assert cache.match([1, 2, 1, 2, 0], ROOT)[0] == [10], "the second block is not the first"
-
-
-def test_a_colliding_digest_does_not_continue_another_chain(monkeypatch):
-    """insert() of a colliding block must not let its followers pass for those of the block that is there."""
-    monkeypatch.setattr(prefix_cache, "chain", lambda parent, tokens: b"a" if parent == ROOT else b"b")
-    cache = filled([1, 2, 3, 4], [10, 11])
-    digest, entered = cache.insert(ROOT, [8, 9], 12)
-    assert (digest, entered) == (b"a", False)
-    assert cache.match([8, 9, 3, 4, 0], ROOT)[0] == [], "found only as far as the tokens agree"

@@ -1,24 +1,23 @@
 """jpaged bench: throughput, latency and start-up time. JSON fields are vLLM's where vLLM has them."""
 
 import dataclasses
-from typing import Annotated
-
-from tyro import conf
+from typing import Any
 
 from jpaged.cli.bench.latency import Latency
 from jpaged.cli.bench.startup import Startup
 from jpaged.cli.bench.throughput import Throughput
+from jpaged.cli.flags import named
+
+
+CHOICE: Any = named(Throughput, "throughput") | named(Latency, "latency") | named(Startup, "startup")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
     """Measure throughput, latency or start-up time."""
 
-    what: (
-        Annotated[Throughput, conf.subcommand("throughput")]
-        | Annotated[Latency, conf.subcommand("latency")]
-        | Annotated[Startup, conf.subcommand("startup")]
-    )
+    what: CHOICE
+    """"""
 
     def run(self) -> int:
         return self.what.run()

@@ -30,7 +30,7 @@ EngineFlags = flags_of(EngineConfig, "LatencyEngine", defaults={"warmup": False,
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Seconds that one batch takes from prompts to finished answers, over several iterations.
+    """Seconds that one batch takes from prompts to finished answers.
 
     Steps are compiled during the warm-up iterations, so there must be one.
     """
@@ -45,14 +45,17 @@ class Latency:
     """Iterations before the measured ones."""
     num_iters: int = 5
     """Measured iterations."""
-    destination: Destination = dataclasses.field(default_factory=Destination)
+    result: Destination = dataclasses.field(default_factory=Destination)
+    """Where the result goes."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
 
     def run(self) -> int:
-        self.destination.check()
+        self.result.check()
         check_counts(batch_size=self.batch_size, input_len=self.input_len, output_len=self.output_len,
                      num_iters_warmup=self.num_iters_warmup, num_iters=self.num_iters)
-        config = build(EngineConfig, self.engine, max_num_seqs=self.engine.max_num_seqs or self.batch_size)
+        rows = self.batch_size if self.engine.max_num_seqs is None else self.engine.max_num_seqs
+        config = build(EngineConfig, self.engine, max_num_seqs=rows)
         if config.max_num_seqs < self.batch_size:
             raise InvalidConfigError(f"--max-num-seqs {config.max_num_seqs} is below --batch-size {self.batch_size}.")
         status = Status()
@@ -73,7 +76,7 @@ class Latency:
             "avg_latency": sum(latencies) / len(latencies), "latencies": latencies,
             "percentiles": percentiles(latencies), "batch_size": self.batch_size, "input_len": self.input_len,
             "output_len": self.output_len} | environment(config.model)
-        self.destination.give(result, [f"Average latency: {result['avg_latency']:.3f} s"] + [
+        self.result.give(result, [f"Average latency: {result['avg_latency']:.3f} s"] + [
             f"{p} % percentile: {value:.3f} s" for p, value in result["percentiles"].items()])
         return 0
 

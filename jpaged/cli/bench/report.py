@@ -4,12 +4,12 @@ import dataclasses
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tyro import conf
 
 import jpaged
+from jpaged.cli.flags import Switch
 from jpaged.errors import InvalidConfigError
 
 if TYPE_CHECKING:
@@ -24,9 +24,9 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 class Destination:
     """Where a result goes."""
 
-    json: Annotated[bool, conf.FlagCreatePairsOff] = False
+    json: Switch = False
     """Write the result to standard output as one JSON object."""
-    output: Annotated[Path | None, conf.arg(aliases=["--output-json"])] = None
+    output: Path | None = None
     """Write the JSON object to this file too."""
 
     def check(self) -> None:

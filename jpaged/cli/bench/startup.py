@@ -9,9 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Annotated, Any
-
-from tyro import conf
+from typing import Any
 
 from jpaged.cli.bench.report import Destination, check_counts, environment, percentiles
 from jpaged.cli.flags import build, flags_of
@@ -24,20 +22,24 @@ EngineFlags = flags_of(EngineConfig, "StartupEngine", leave_out=("compilation_ca
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Startup:
-    """Seconds from the start of a fresh process to a ready engine, without and with a compilation cache.
+    """Seconds until a fresh process has a ready engine, and a first token.
 
-    Ready means: weights loaded and, unless --no-warmup is given, every step shape compiled.
+    Cold: with an empty compilation cache. Warm: with a full one.
+
+    Ready: weights loaded and, but for --no-warmup, every step compiled.
     """
 
     num_iters_cold: int = 1
     """Starts with an empty compilation cache."""
     num_iters_warm: int = 3
     """Starts with a full one."""
-    destination: Annotated[Destination, conf.OmitArgPrefixes] = dataclasses.field(default_factory=Destination)
+    result: Destination = dataclasses.field(default_factory=Destination)
+    """Where the result goes."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
 
     def run(self) -> int:
-        self.destination.check()
+        self.result.check()
         check_counts(num_iters_cold=self.num_iters_cold, num_iters_warm=self.num_iters_warm)
         config = build(EngineConfig, self.engine)
         status = Status()
@@ -52,7 +54,7 @@ class Startup:
                 with status.doing(f"warm start {i + 1} of {self.num_iters_warm}"):
                     warm.append(start_once(dataclasses.replace(config, compilation_cache_dir=cache.name)))
         result = _summary("cold", cold) | _summary("warm", warm) | environment(config.model)
-        self.destination.give(result, _lines("cold", result) + _lines("warm", result))
+        self.result.give(result, _lines("cold", result) + _lines("warm", result))
         return 0
 
 

@@ -32,9 +32,11 @@ _MAX_ROWS = 1_000_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Throughput:
-    """Requests and tokens per second when all requests are there from the beginning.
+    """Requests and tokens per second of many requests.
 
-    Prompts are random tokens; every answer has exactly the wanted length. The step shapes are compiled before.
+    All are there from the beginning, prompts are random tokens.
+
+    Every answer has exactly the wanted length. Steps are compiled before.
     """
 
     num_prompts: int = 64
@@ -44,13 +46,15 @@ class Throughput:
     output_len: int = 64
     """Tokens of each answer."""
     dataset_path: Path | None = None
-    """A trace, .csv or .csv.gz, with the columns prompt_tokens and output_tokens (arrival_s is not looked at):
-    lengths come from there. Rows that are longer than the model's context are left out and counted."""
-    destination: Destination = dataclasses.field(default_factory=Destination)
+    """A trace to take the lengths from: .csv or .csv.gz with columns arrival_s (not looked at), prompt_tokens and
+    output_tokens. Rows that do not fit into the model's context are left out and counted."""
+    result: Destination = dataclasses.field(default_factory=Destination)
+    """Where the result goes."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
 
     def run(self) -> int:
-        self.destination.check()
+        self.result.check()
         check_counts(num_prompts=self.num_prompts, input_len=self.input_len, output_len=self.output_len)
         lengths = [(self.input_len, self.output_len)] * self.num_prompts
         if self.dataset_path is not None:
@@ -74,7 +78,7 @@ class Throughput:
             outputs = _run(engine, prompts, [o for _, o in lengths])
             elapsed = time.perf_counter() - start
         result = _result(outputs, elapsed) | {"num_skipped": skipped} | environment(config.model)
-        self.destination.give(result, _lines(result))
+        self.result.give(result, _lines(result))
         return 0
 
 

@@ -1,0 +1,257 @@
+"""An engine without a model: the real Scheduler and BlockManager, over a device that remembers what is in every slot.
+
+`Device` sees what the real one sees, the admissions and the packed plans, and nothing else. Its pool holds, for every
+slot, which prefix's K and V were written there: the K and V of a token depend on all tokens before it, so a prefix is
+a name for them. It checks that whatever a step attends to is what belongs there, and the token that it "samples" is a
+function of the prefix, the request's seed and the sequence's index, as the real one's is (DESIGN, contract 8). So
+`NullEngine.expected` knows every output beforehand, whatever is batched, cut, shared, evicted or preempted.
+
+`NullEngine` drives them as `LLMEngine` does: a step is committed one step late.
+"""
+
+import collections
+import itertools
+
+import numpy as np
+
+from jpaged.memory import BlockManager
+from jpaged.outputs import RequestMetrics
+from jpaged.sampling_params import SamplingParams
+from jpaged.scheduling import Scheduler, StepPlan
+from jpaged.scheduling.plan import make_buckets
+from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
+
+VOCAB = 4
+STOP_TOKEN = 3
+
+
+class Prefixes:
+    """Numbers for token prefixes: equal numbers, equal prefixes."""
+
+    EMPTY = 0
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def extend(self, prefix: int, token: int) -> int:
+        return self._numbers.setdefault((prefix, token), len(self._numbers) + 1)
+
+
+def next_token(prefix: int, seed: int, index: int) -> int:
+    return hash((prefix, seed, index)) % VOCAB
+
+
+class Device:
+    """The batch state, the pool, and steps that run on them."""
+
+    def __init__(self, prefixes: Prefixes, *, rows: int, max_len: int, num_blocks: int, block_size: int, tile_size: int):
+        self.prefixes, self.block_size, self.tile_size = prefixes, block_size, tile_size
+        self.null_row = rows
+        self.tokens = np.zeros((rows + 1, max_len), np.int32)
+        self.tables = np.zeros((rows + 1, -(-max_len // block_size)), np.int32)
+        self.keys = [(0, 0)] * (rows + 1)
+        self.pool = np.full(num_blocks * block_size, Prefixes.EMPTY)
+        self._chains: list[list[int]] = [[] for _ in range(rows + 1)]  # of each row: the prefixes of its tokens
+
+    def admit(self, sequence: Sequence, table: np.ndarray) -> None:
+        row = sequence.row
+        self.tokens[row] = 0
+        self.tokens[row, : len(sequence.tokens)] = sequence.tokens
+        self.tables[row] = table
+        self.keys[row] = sequence.group.seed, sequence.index
+        self._chains[row] = []
+
+    def run(self, plan: StepPlan) -> np.ndarray:
+        """Runs the packed plan; returns a token for each of the bucket's results."""
+        decode_rows, num_tiles = plan.bucket
+        packed = plan.pack(self.null_row)
+        rows, positions, new_blocks = packed[: 3 * decode_rows].reshape(3, -1).tolist()
+        for row, position, block in zip(rows, positions, new_blocks, strict=True):
+            if block:
+                self.tables[row, position // self.block_size] = block
+        work = [(row, at, at + 1, True) for row, at in zip(rows, positions, strict=True)]
+        for row, start, length, samples in packed[3 * decode_rows :].reshape(4, num_tiles).T.tolist():
+            assert length <= self.tile_size
+            work.append((row, start, start + length, bool(samples)))
+        real = [piece for piece in work if piece[0] != self.null_row]
+        self._write(real)
+        results = np.full(len(work), -1)
+        for i, (row, start, end, samples) in enumerate(work):
+            if row == self.null_row:
+                continue
+            self._check(row, start, end)
+            if samples:
+                results[i] = next_token(self._chains[row][end - 1], *self.keys[row])
+                if end < self.tokens.shape[1]:
+                    self.tokens[row, end] = results[i]
+        return results
+
+    def _write(self, work: list[tuple[int, int, int, bool]]) -> None:
+        """Layer by layer, a step writes all its K and V before it attends."""
+        written: set[int] = set()
+        for row, start, end, _ in work:
+            chain = self._chains[row]
+            while len(chain) < end:
+                chain.append(self.prefixes.extend(chain[-1] if chain else Prefixes.EMPTY, int(self.tokens[row, len(chain)])))
+            slots = self._slots(row, start, end)
+            assert (slots >= self.block_size).all(), f"row {row} writes to the null block"
+            assert not written & set(slots.tolist()), f"row {row} writes where another one does"
+            written.update(slots.tolist())
+            self.pool[slots] = chain[start:end]
+
+    def _check(self, row: int, start: int, end: int) -> None:
+        found = self.pool[self._slots(row, 0, end)]
+        assert found.tolist() == self._chains[row][:end], f"row {row} at {start}:{end} reads what is not its own"
+
+    def _slots(self, row: int, start: int, end: int) -> np.ndarray:
+        at = np.arange(start, end)
+        return self.tables[row, at // self.block_size] * self.block_size + at % self.block_size
+
+
+class NullEngine:
+    """Add, abort and step, with every promise of the scheduler checked at every step.
+
+    Args:
+      max_tiles: tiles of the largest bucket; None: as many as the token budget holds.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, rows: int, max_len: int, tile_size: int, budget: int,
+                 watermark: float = 0.01, caching: bool = True, max_tiles: int | None = None) -> None:
+        self.blocks = BlockManager(num_blocks + 1, block_size, rows, -(-max_len // block_size), watermark=watermark,
+                                   enable_prefix_caching=caching)
+        self.scheduler = Scheduler(self.blocks, make_buckets(rows, max_tiles or budget // tile_size, tile_size),
+                                   tile_size=tile_size, max_num_batched_tokens=budget)
+        self.max_len, self.budget = max_len, budget
+        self.prefixes = Prefixes()
+        self.device = Device(self.prefixes, rows=rows, max_len=max_len, num_blocks=num_blocks + 1,
+                             block_size=block_size, tile_size=tile_size)
+        self.groups: list[SequenceGroup] = []  # all that were ever added, by arrival
+        self.num_steps = 0
+        self.first_scheduled: list[SequenceGroup] = []
+        self._deadlines: dict[SequenceGroup, int] = {}
+        self._arrivals = itertools.count()
+        self._in_flight: collections.deque[tuple[StepPlan, np.ndarray]] = collections.deque()
+
+    @property
+    def unfinished(self) -> list[SequenceGroup]:
+        return [g for g in self._deadlines if not g.finished]
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.unfinished or self._in_flight)
+
+    def add(self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, salt: str = "", stop: bool = False,
+            prompt_logprobs: int | None = None) -> SequenceGroup:
+        arrival = next(self._arrivals)
+        params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs,
+                                stop_token_ids=[STOP_TOKEN] if stop else [])
+        group = SequenceGroup(f"request-{arrival}", None, prompt, params, seed=len(prompt) % 2, order=(priority, arrival),
+                              metrics=RequestMetrics(arrival_time=0.0), cache_salt=salt)
+        group.sequences = [Sequence(group, i, list(prompt), min(len(prompt) + max_tokens, self.max_len),
+                                    frozenset(params.stop_token_ids)) for i in range(n)]
+        self.scheduler.add(group)
+        self.groups.append(group)
+        # Served in order, a group waits for those before it: each of their tokens, and their ways in, cost at most
+        # a step for computing it and one for computing it again.
+        before = [*(g for g in self.unfinished if g.order < group.order), group]
+        self._deadlines[group] = self.num_steps + sum(2 * (s.max_length + 3) for g in before for s in g.unfinished)
+        if priority:  # those that come later may be served before it
+            self._deadlines[group] = 10**9
+        return group
+
+    def abort(self, group: SequenceGroup) -> None:
+        for sequence in group.unfinished:
+            self.scheduler.finish(sequence, FinishReason.ABORT)
+
+    def step(self) -> list[Sequence]:
+        """As LLMEngine._step. Returns the sequences that received a token."""
+        self.num_steps += 1
+        running = list(self.scheduler.running)
+        plan = self.scheduler.schedule()
+        if plan is not None:
+            self._check_plan(plan, running)
+            for sequence in plan.admitted:
+                self.device.admit(sequence, self.blocks.tables[sequence.row])
+            self._in_flight.append((plan, self.device.run(plan)))
+        self.check()
+        received: list[Sequence] = []
+        if len(self._in_flight) > 1 or (self._in_flight and plan is None):
+            plan, results = self._in_flight.popleft()
+            received = self.scheduler.commit(plan, results[plan.result_rows].tolist())
+            self.check()
+        return received
+
+    def drain(self) -> None:
+        """Runs until everything has ended, within the deadlines, and nothing is held."""
+        limit = self.num_steps + 2 + sum(2 * (s.max_length + 3) for g in self.unfinished for s in g.unfinished)
+        while self.has_work:
+            assert self.num_steps <= limit, f"no end after {self.num_steps} steps: {self.unfinished}"
+            self.step()
+        assert not self.scheduler.has_work
+        assert self.blocks.num_used == 0
+        assert not self.blocks.tables.any()
+        assert len(self.scheduler._free_rows) == len(self.scheduler.by_row)
+        assert self.scheduler._variants.total() == 0
+        assert not self.scheduler._catching_up
+
+    # ------------------------------------------------------------------------------------------------ promises
+
+    def check(self) -> None:
+        self.blocks.check_invariants()
+        for group in self.unfinished:
+            assert self.num_steps <= self._deadlines[group], f"{group.request_id} starves"
+            rows = [s.row for s in group.unfinished]
+            assert all(r >= 0 for r in rows) if group.status is Status.RUNNING else all(r < 0 for r in rows)
+        for group in [g for g in self._deadlines if g.finished]:
+            del self._deadlines[group]
+
+    def _check_plan(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
+        scheduler, blocks = self.scheduler, self.blocks
+        tile_rows = [t.row for t in plan.tiles]
+        assert len(plan.rows) + len(plan.tiles) * scheduler.tile_size <= self.budget, "over the token budget"
+        assert len(set(plan.rows.tolist())) == len(plan.rows) <= plan.bucket.decode_rows
+        assert len(plan.tiles) <= plan.bucket.prefill_tiles
+        assert not set(plan.rows.tolist()) & set(tile_rows), "a row in both lanes"
+        assert [s.row for s in plan.sequences] == plan.rows.tolist()
+        running = scheduler.running
+        assert sum(len(g.unfinished) for g in running) <= len(scheduler.by_row)
+        waiting = [g for g in self.unfinished if g.status is Status.WAITING]
+        preempted = [g for g in running_before if g.status is Status.WAITING]
+        assert all(kept.order < lost.order for lost in preempted for kept in running), "the newest are preempted"
+        groups = list(dict.fromkeys(s.group for s in plan.admitted))
+        assert all(g.order < w.order for g in groups for w in waiting), "admitted out of turn"
+        assert [g.order for g in groups] == sorted(g.order for g in groups)
+        assert not (preempted and groups), "admitted what was about to be preempted"
+        if groups and len(running) > 1:
+            assert blocks.num_free >= blocks.watermark_blocks, "admission went below the watermark"
+        self.first_scheduled += [g for g in groups if g not in self.first_scheduled]
+
+    def check_tables(self) -> None:
+        """The device's block tables, made of admissions and new blocks alone, are the host's."""
+        for row, sequence in enumerate(self.scheduler.by_row):
+            if sequence is not None:
+                assert self.device.tables[row].tolist() == self.blocks.tables[row].tolist()
+
+    def expected(self, sequence: Sequence) -> list[int]:
+        """The output that the sequence has if nobody ends it early."""
+        group, prefix, output = sequence.group, Prefixes.EMPTY, []
+        for token in group.prompt_token_ids:
+            prefix = self.prefixes.extend(prefix, token)
+        while len(group.prompt_token_ids) + len(output) < sequence.max_length:
+            output.append(next_token(prefix, group.seed, sequence.index))
+            if output[-1] in sequence.stop_token_ids:
+                break
+            prefix = self.prefixes.extend(prefix, output[-1])
+        return output
+
+    def check_outputs(self) -> None:
+        for group in self.groups:
+            for sequence in group.sequences:
+                output, expected = sequence.output_token_ids, self.expected(sequence)
+                if sequence.finish_reason is FinishReason.ABORT or sequence.stop_reason == "text":
+                    assert output == expected[: len(output)]
+                else:
+                    assert output == expected
+                    stopped = bool(output) and output[-1] in sequence.stop_token_ids
+                    assert sequence.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
+                    assert sequence.stop_reason == (STOP_TOKEN if stopped else None)
