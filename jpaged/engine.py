@@ -6,6 +6,7 @@
 """
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Iterable
@@ -22,6 +23,20 @@ from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
 
 _SEED_MASK = (1 << 64) - 1
+
+
+@dataclasses.dataclass
+class StepTimes:
+    """Where the engine's thread spent its time, in seconds, since the last reset."""
+
+    steps: int = 0
+    host: float = 0.0
+    """Scheduling, packing, launching, committing, outputs."""
+    wait: float = 0.0
+    """Waiting for the device. What the host does meanwhile is hidden behind it."""
+
+    def reset(self) -> None:
+        self.steps, self.host, self.wait = 0, 0.0, 0.0
 
 
 class LLMEngine:
@@ -45,6 +60,7 @@ class LLMEngine:
         self._in_flight: collections.deque[StepResult] = collections.deque()
         self._failure: BaseException | None = None
         self._aborted: list[SequenceGroup] = []
+        self.times = StepTimes()
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -110,6 +126,7 @@ class LLMEngine:
           EngineDeadError: the device failed; every unfinished request is lost.
         """
         self._check_alive()
+        start, waited = time.perf_counter(), self.times.wait
         try:
             outputs = self._step()
         except Exception as error:
@@ -117,6 +134,7 @@ class LLMEngine:
             raise EngineDeadError(f"a step failed and the engine can't go on: {type(error).__name__}: {error}") from error
         outputs += [self._outputs.output(group) for group in self._aborted]
         self._aborted = []
+        self.times.host += time.perf_counter() - start - (self.times.wait - waited)
         return outputs
 
     def _step(self) -> list[RequestOutput]:
@@ -135,7 +153,10 @@ class LLMEngine:
     def _commit(self) -> list[RequestOutput]:
         """Waits for the oldest step in flight and enters its tokens."""
         result = self._in_flight[0]
+        start = time.perf_counter()
         results, prompt_scores = result.read()
+        self.times.wait += time.perf_counter() - start
+        self.times.steps += 1
         self._in_flight.popleft()
         tokens = results[result.plan.result_rows, 0].tolist()
         received = self.scheduler.commit(result.plan, tokens)

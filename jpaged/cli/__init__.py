@@ -1,1 +1,1 @@
-"""The command line: `jpaged generate | chat | bench | collect-env`. Nothing here imports JAX before it must."""
+"""The command line: `jpaged generate | chat | bench | collect-env`. JAX is imported when a command needs it."""

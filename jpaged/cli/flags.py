@@ -1,4 +1,4 @@
-"""Flags from dataclasses: names, types, defaults and help texts are those of `EngineConfig` and `SamplingParams`.
+"""Flags from dataclasses: names, types, defaults and helps are those of `EngineConfig` and `SamplingParams`.
 
     EngineFlags = flags_of(EngineConfig, "EngineFlags", defaults={"warmup": False})
     config = build(EngineConfig, parsed_flags, max_num_seqs=4)
@@ -21,12 +21,12 @@ Switch = Annotated[bool, conf.FlagCreatePairsOff, conf.arg(help_behavior_hint=""
 
 NOT_FLAGS = ("detokenize", "output_kind", "logit_bias", "allowed_token_ids", "best_of", "use_beam_search",
              "structured_outputs", "prompt_logprobs", "seed")
-"""Of SamplingParams: what the commands decide themselves, what needs more than a word to say, what is not offered;
-and the seed, as --seed is the engine's, from which requests get theirs."""
+"""Of SamplingParams: what the commands decide themselves, what takes more than a word to say, what is not
+offered; and the seed, as --seed is the engine's, from which requests get theirs."""
 
 
-def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaults: Mapping[str, Any] | None = None,
-             helps: Mapping[str, str] | None = None) -> Any:
+def flags_of(source: type, name: str, *, leave_out: Collection[str] = (),
+             defaults: Mapping[str, Any] | None = None, helps: Mapping[str, str] | None = None) -> Any:
     """A dataclass for tyro with the fields of another.
 
     Args:
@@ -38,8 +38,9 @@ def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaul
 
     Returns: a dataclass type (a value, so that a type checker takes its instances as Any).
     """
-    defaults, docs, hints = defaults or {}, field_docs(source) | dict(helps or {}), typing.get_type_hints(source)
-    unknown = {*leave_out, *defaults, *(helps or {})} - set(hints)
+    defaults, helps, hints = defaults or {}, helps or {}, typing.get_type_hints(source)
+    docs = {**field_docs(source), **helps}
+    unknown = {*leave_out, *defaults, *helps} - set(hints)
     if unknown:
         raise TypeError(f"{source.__name__} has no {', '.join(sorted(unknown))}")
     fields = [
@@ -52,7 +53,7 @@ def flags_of(source: type, name: str, *, leave_out: Collection[str] = (), defaul
 
 
 def named(command: type, name: str) -> Any:
-    """A command as one of several, by this name; in the list of them it has the first line of its docstring."""
+    """A command as one of several, by this name; their list shows the first line of its docstring."""
     return Annotated[command, conf.subcommand(name, description=(command.__doc__ or "").splitlines()[0])]
 
 
@@ -73,9 +74,9 @@ def field_docs(cls: type) -> dict[str, str]:
     body = typing.cast(ast.ClassDef, tree.body[0]).body
     docs = {}
     for field, below in itertools.pairwise(body):
-        if (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr)
-                and isinstance(below.value, ast.Constant) and isinstance(below.value.value, str)):
-            docs[field.target.id] = inspect.cleandoc(below.value.value)
+        match field, below:
+            case (ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text)))):
+                docs[name] = inspect.cleandoc(text)
     return docs
 
 

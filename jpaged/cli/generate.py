@@ -1,5 +1,6 @@
 """jpaged generate: prompts in, answers out, as they are generated."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,6 +13,7 @@ from jpaged.cli.session import CompileReport, open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidRequestError
+from jpaged.progress import Progress
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.tokenization import Prompt
 
@@ -24,8 +26,10 @@ _ROWS = (1, 4, 8, 16, 32, 64)
 
 EngineFlags = flags_of(EngineConfig, "GenerateEngine", defaults={"warmup": False}, helps={
     "max_num_seqs": "Most sequences running at once; None: as many as there are prompts, up to 64."})
-SamplingFlags = flags_of(SamplingParams, "GenerateSampling", leave_out=NOT_FLAGS,
-                         defaults={"temperature": 0.0, "max_tokens": 256}, helps={"max_tokens": "Most tokens to generate."})
+SamplingFlags = flags_of(
+    SamplingParams, "GenerateSampling", leave_out=NOT_FLAGS, defaults={"temperature": 0.0, "max_tokens": 256},
+    helps={"max_tokens": "Most tokens to generate."})
+Prompts = Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[PROMPT ...]", help_behavior_hint="")]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +41,9 @@ class Generate:
     Greedy unless --temperature says otherwise.
     """
 
-    prompt: Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[PROMPT ...]", help_behavior_hint="")] = ()
-    """Each argument is one prompt; without any, each line of standard input. One prompt: the answer is written as
-    it is generated. Several: "> prompt" and its answer, in order."""
+    prompt: Prompts = ()
+    """Each argument is one prompt; without any, each line of standard input. One prompt: the answer is written
+    as it is generated. Several: "> prompt" and its answer, in order."""
     raw: Switch = False
     """Continue the prompt as plain text, without the model's chat template."""
     system: str | None = None
@@ -57,17 +61,19 @@ class Generate:
             raise InvalidRequestError("--system is part of the chat template, which --raw leaves out.")
         kind = RequestOutputKind.FINAL_ONLY if self.json else RequestOutputKind.DELTA
         params = build(SamplingParams, self.sampling, output_kind=kind)
-        rows = self.engine.max_num_seqs
+        wanted: Any = self.engine
+        rows = wanted.max_num_seqs
         if rows is None:
             rows = next((r for r in _ROWS if r >= len(prompts) * params.n), _ROWS[-1])
-        config = build(EngineConfig, self.engine, max_num_seqs=rows)
+        config = build(EngineConfig, wanted, max_num_seqs=rows)
         status = Status()
         engine, report = open_engine(config, status)
         for i, prompt in enumerate(prompts):
             try:
                 engine.add_request(str(i), self._as_chat(prompt, engine), params)
             except InvalidRequestError as error:
-                raise InvalidRequestError(f"prompt {i + 1}: {error}" if len(prompts) > 1 else str(error)) from error
+                which = f"prompt {i + 1}: " if len(prompts) > 1 else ""
+                raise InvalidRequestError(f"{which}{error}") from error
         writer = _JsonWriter(prompts) if self.json else _TextWriter(prompts, params.n)
         _answer(engine, writer, status, report)
         return 0
@@ -81,22 +87,31 @@ class Generate:
 
 def _prompts_from_stdin() -> list[str]:
     if sys.stdin.isatty():
-        raise InvalidRequestError('no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe lines into '
-                                  "standard input, or talk to the model with jpaged chat.")
+        raise InvalidRequestError('no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe lines '
+                                  "into standard input, or talk to the model with jpaged chat.")
     prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise InvalidRequestError("no prompt: standard input has no lines.")
     return prompts
 
 
-def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: Status, report: CompileReport) -> None:
-    while engine.has_unfinished_requests():
-        outputs = engine.step()
-        if outputs and not status.muted:
-            report.settle()
-            status.muted = True  # the answers are progress enough, and no report may come in between
-        for output in outputs:
-            writer.take(output)
+def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: Status,
+            report: CompileReport) -> None:
+    """Runs the engine until all is written."""
+    progress = None
+    with contextlib.ExitStack() as stack:
+        while engine.has_unfinished_requests():
+            outputs = engine.step()
+            if outputs and progress is None:
+                report.settle()
+                status.muted = True  # from here on a report would come in between the answers
+                # On a terminal the answers themselves are the progress.
+                hidden = sys.stdout.isatty() or None
+                progress = stack.enter_context(Progress("generating", writer.num_prompts, disable=hidden))
+            for output in outputs:
+                writer.take(output)
+                if progress is not None and output.finished:
+                    progress.advance()
 
 
 class _TextWriter:
@@ -106,7 +121,7 @@ class _TextWriter:
     """
 
     def __init__(self, prompts: list[str], n: int) -> None:
-        self._prompts = prompts
+        self._prompts, self.num_prompts = prompts, len(prompts)
         self._several = len(prompts) > 1
         self._texts = [[""] * n for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
@@ -150,10 +165,10 @@ class _TextWriter:
 
 
 class _JsonWriter:
-    """One object a prompt in the order of the prompts, with the names of `RequestOutput` and of the API's usage."""
+    """One object a prompt, in their order, with the names of `RequestOutput` and of the API's usage."""
 
     def __init__(self, prompts: list[str]) -> None:
-        self._prompts = prompts
+        self._prompts, self.num_prompts = prompts, len(prompts)
         self._waiting: dict[int, RequestOutput] = {}
         self._next = 0
 

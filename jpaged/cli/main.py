@@ -1,4 +1,4 @@
-"""The entry point: `jpaged COMMAND ...`. A command is a dataclass: its fields are the flags, `run` does the work."""
+"""The entry point: `jpaged COMMAND ...`. A command is a dataclass: its fields are flags, `run` does the work."""
 
 import os
 import sys
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:  # `jpaged generate ... | head`: whoever read has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit is silent too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the flush at exit is silent too
         return 0
 
 
@@ -73,7 +73,8 @@ def _run(arguments: list[str]) -> int:
             rest = arguments[len(words) :]
             return tyro.cli(command, prog=" ".join(("jpaged", *words)), args=rest, config=STYLE).run()
     # None of them: tyro shows the help, or what is wrong and what there is.
-    return tyro.cli(CHOICE, prog="jpaged", description=DESCRIPTION, args=arguments or ["--help"], config=STYLE).run()
+    arguments = arguments or ["--help"]
+    return tyro.cli(CHOICE, prog="jpaged", description=DESCRIPTION, args=arguments, config=STYLE).run()
 
 
 if __name__ == "__main__":

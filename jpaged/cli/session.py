@@ -75,11 +75,11 @@ def describe(key: tuple, tile_size: int) -> str:
 
 
 def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, CompileReport]":
-    """Loads the model. With `config.warmup` off, steps are compiled (and reported) when they are first needed."""
+    """Loads the model. Without `config.warmup`, steps are compiled (and reported) when they are first needed."""
     with status.doing("starting JAX"):
-        from jpaged.engine import LLMEngine
-
         import jax
+
+        from jpaged.engine import LLMEngine
 
         jax.devices()
     report = CompileReport(status, config.prefill_tile_size)

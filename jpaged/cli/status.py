@@ -1,4 +1,4 @@
-"""What a command is doing, on standard error: a ticking line on a terminal, one plain line for each thing elsewhere.
+"""What a command is doing, on standard error: a ticking line on a terminal, plain lines elsewhere.
 
     terminal   compiling a step for 1 row + 128 prompt tokens ... 4 s        disappears when it is done
     a pipe     compiling a step for 1 row + 128 prompt tokens ... 4.2 s
@@ -18,6 +18,7 @@ class Status:
         self._stream = sys.stderr
         self.on_terminal = self._stream.isatty()
         self.muted = False
+        self._busy = False
 
     def line(self, text: str) -> None:
         """Writes a line that stays."""
@@ -27,20 +28,26 @@ class Status:
     def doing(self, what: str) -> Iterator[list[str]]:
         """Reports something while it lasts, and how long it took; gives a list to add remarks to."""
         remarks: list[str] = []
-        if self.muted:
+        if self.muted or self._busy:  # what is part of something else is not reported by itself
             yield remarks
-        elif self.on_terminal:
-            with self._ticking(what):
+            return
+        self._busy = True
+        try:
+            with self._ticking(what) if self.on_terminal else self._plainly(what, remarks):
                 yield remarks
-        else:
-            start = time.monotonic()
-            self._write(f"{what} ... ")
-            try:
-                yield remarks
-            except BaseException:
-                self._write("\n")
-                raise
-            self._write(", ".join((f"{time.monotonic() - start:.1f} s", *remarks)) + "\n")
+        finally:
+            self._busy = False
+
+    @contextlib.contextmanager
+    def _plainly(self, what: str, remarks: list[str]) -> Iterator[None]:
+        start = time.monotonic()
+        self._write(f"{what} ... ")
+        try:
+            yield
+        except BaseException:
+            self._write("\n")
+            raise
+        self._write(", ".join((f"{time.monotonic() - start:.1f} s", *remarks)) + "\n")
 
     @contextlib.contextmanager
     def _ticking(self, what: str) -> Iterator[None]:

@@ -121,7 +121,7 @@ def test_the_newest_is_preempted_computed_again_and_loses_nothing():
         e.step()
     assert (old.status, new.status) == (Status.RUNNING, Status.WAITING)
     assert new.metrics.num_preemptions == 1
-    assert e.scheduler.tokens_lost >= 16
+    assert e.scheduler.tokens_lost == 15
     e.drain()
     e.check_outputs()
 
@@ -149,43 +149,46 @@ def test_a_preempted_request_finds_its_own_blocks_again():
     e.check_outputs()
 
 
+def until_preempted(e, group) -> int:
+    """Steps until the group is preempted; returns the output tokens that its first sequence had before that step."""
+    while group.metrics.num_preemptions == 0:
+        before = group.sequences[0].num_output_tokens
+        e.step()
+    return before
+
+
 def test_a_token_that_arrives_after_the_preemption_is_kept():
     """Step N samples it, schedule N+1 preempts its sequence, then N is committed."""
-    e = engine(num_blocks=8, caching=False)
+    e = engine(num_blocks=8, budget=64, caching=False)
     e.add(prompt(15), 12)
     new = e.add(prompt(15, 1), 12)
-    while new.metrics.num_preemptions == 0:
-        before = new.sequences[0].num_output_tokens
-        e.step()
+    before = until_preempted(e, new)
     assert new.sequences[0].num_output_tokens == before + 1
     e.drain()
     e.check_outputs()
 
 
 def test_a_sequence_may_end_while_it_is_preempted():
-    e = engine(num_blocks=8, caching=False)
+    """Its last token was on the device when its blocks were taken."""
+    e = engine(num_blocks=8, budget=64, caching=False)
     e.add(prompt(15), 12)
     new = e.add(prompt(15, 1), 2)
-    e.step()
-    e.step()  # its last token is on the device
-    e.scheduler._preempt(new)
-    e.step()
-    assert new.finished
-    assert new.sequences[0].finish_reason is FinishReason.LENGTH
+    assert until_preempted(e, new) == 1
+    assert (new.sequences[0].finish_reason, new.finished) == (FinishReason.LENGTH, True)
     assert e.scheduler.num_waiting == 0
     e.drain()
     e.check_outputs()
 
 
 def test_samples_of_a_preempted_request_may_end_one_by_one():
-    e = engine(caching=False)
-    group = e.add(prompt(6), 8, n=2)
-    e.step()
-    e.step()
-    e.scheduler._preempt(group)
+    e = engine(num_blocks=11, budget=64, caching=False)
+    e.add(prompt(15), 12)
+    group = e.add(prompt(11, 1), 8, n=2)
+    until_preempted(e, group)
     e.scheduler.finish(group.sequences[0], FinishReason.STOP, "text")
     assert (group.status, e.scheduler.num_waiting) == (Status.WAITING, 1)
     e.drain()
+    assert group.sequences[1].finish_reason is FinishReason.LENGTH
     e.check_outputs()
 
 

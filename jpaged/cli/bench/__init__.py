@@ -8,7 +8,6 @@ from jpaged.cli.bench.startup import Startup
 from jpaged.cli.bench.throughput import Throughput
 from jpaged.cli.flags import named
 
-
 CHOICE: Any = named(Throughput, "throughput") | named(Latency, "latency") | named(Startup, "startup")
 
 

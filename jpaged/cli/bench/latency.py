@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from jpaged.tokenization import TokensPrompt
 
 # The same prompts come again and again: with the prefix cache only the first time would be measured.
-EngineFlags = flags_of(EngineConfig, "LatencyEngine", defaults={"warmup": False, "enable_prefix_caching": False},
-                       helps={"max_num_seqs": "Most sequences running at once; None: the batch size."})
+EngineFlags = flags_of(
+    EngineConfig, "LatencyEngine", defaults={"warmup": False, "enable_prefix_caching": False},
+    helps={"max_num_seqs": "Most sequences running at once; None: the batch size."})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,14 +55,16 @@ class Latency:
         self.result.check()
         check_counts(batch_size=self.batch_size, input_len=self.input_len, output_len=self.output_len,
                      num_iters_warmup=self.num_iters_warmup, num_iters=self.num_iters)
-        rows = self.batch_size if self.engine.max_num_seqs is None else self.engine.max_num_seqs
-        config = build(EngineConfig, self.engine, max_num_seqs=rows)
-        if config.max_num_seqs < self.batch_size:
-            raise InvalidConfigError(f"--max-num-seqs {config.max_num_seqs} is below --batch-size {self.batch_size}.")
+        wanted: Any = self.engine
+        rows = self.batch_size if wanted.max_num_seqs is None else wanted.max_num_seqs
+        config = build(EngineConfig, wanted, max_num_seqs=rows)
+        if rows < self.batch_size:
+            raise InvalidConfigError(f"--max-num-seqs {rows} is below --batch-size {self.batch_size}.")
         status = Status()
         engine, _ = open_engine(config, status)
         check_lengths(engine, self.input_len, self.output_len)
-        prompts = random_prompts([self.input_len] * self.batch_size, engine.model_config.vocab_size, config.seed)
+        vocab_size = engine.model_config.vocab_size
+        prompts = random_prompts([self.input_len] * self.batch_size, vocab_size, config.seed)
         for i in range(self.num_iters_warmup):
             if i:
                 with status.doing(f"warm-up iteration {i + 1} of {self.num_iters_warmup}"):

@@ -1,7 +1,6 @@
 """What the benchmarks share: prompts of random tokens, percentiles, and where the result goes."""
 
 import dataclasses
-import importlib.metadata
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,7 +48,7 @@ def environment(model: str) -> dict[str, Any]:
     """What every result says about where it comes from."""
     import jax
 
-    return {"backend": "jpaged", "jpaged_version": jpaged.__version__, "jax_version": importlib.metadata.version("jax"),
+    return {"backend": "jpaged", "jpaged_version": jpaged.__version__, "jax_version": jax.__version__,
             "device": jax.devices()[0].device_kind, "model_id": model}
 
 
@@ -70,7 +69,7 @@ def check_counts(**counts: int) -> None:
 
 
 def check_lengths(engine: "LLMEngine", input_len: int, output_len: int) -> None:
-    """Otherwise the engine would end the answers early, and fewer tokens would be measured than were asked for."""
+    """Otherwise the engine would end the answers early, and fewer tokens would be measured than asked for."""
     if input_len + output_len > engine.max_model_len:
         raise InvalidConfigError(f"{input_len} prompt tokens and {output_len} output tokens do not fit into "
                                  f"max_model_len={engine.max_model_len}.")

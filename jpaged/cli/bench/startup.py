@@ -62,14 +62,14 @@ def start_once(config: EngineConfig) -> dict[str, Any]:
     """Starts an engine in a process of its own; what `startup_probe` prints.
 
     Raises:
-      EngineDeadError: it did not start. The message is the process's own last line.
+      EngineDeadError: it did not start. The message says what the process said last.
     """
     job = json.dumps({"config": dataclasses.asdict(config), "started_at": time.time()})
     command = [sys.executable, "-m", "jpaged.cli.bench.startup_probe"]
     done = subprocess.run(command, input=job, capture_output=True, text=True, check=False)  # noqa: S603  # ourselves
     if done.returncode:
-        reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise EngineDeadError(f"the engine did not start: {reason}")
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise EngineDeadError(f"the engine did not start: {said[-1]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -88,6 +88,7 @@ def _summary(kind: str, starts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _lines(kind: str, result: dict[str, Any]) -> list[str]:
-    return [f"{kind.capitalize()} start: ready after {result[f'avg_{kind}_startup_time']:.2f} s, first token after "
-            f"{result[f'avg_{kind}_first_token_time']:.2f} s, {result[f'{kind}_num_compiled'][-1]} programs compiled, "
-            f"{result[f'{kind}_num_loaded_from_cache'][-1]} loaded from the cache"]
+    ready, first = result[f"avg_{kind}_startup_time"], result[f"avg_{kind}_first_token_time"]
+    compiled, loaded = result[f"{kind}_num_compiled"][-1], result[f"{kind}_num_loaded_from_cache"][-1]
+    return [f"{kind.capitalize()} start: ready after {ready:.2f} s, first token after {first:.2f} s "
+            f"({compiled} programs compiled, {loaded} loaded from the cache)"]

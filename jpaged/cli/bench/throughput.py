@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from jpaged.outputs import RequestOutput
     from jpaged.tokenization import TokensPrompt
 
-EngineFlags = flags_of(EngineConfig, "ThroughputEngine")
+EngineFlags = flags_of(EngineConfig, "ThroughputEngine", defaults={"warmup": False}, helps={
+    "warmup": "Compile every step shape before; False: run all requests once before the measured run."})
 _MAX_ROWS = 1_000_000
 
 
@@ -36,7 +37,7 @@ class Throughput:
 
     All are there from the beginning, prompts are random tokens.
 
-    Every answer has exactly the wanted length. Steps are compiled before.
+    Every answer has exactly the wanted length. A first run is not measured.
     """
 
     num_prompts: int = 64
@@ -46,8 +47,8 @@ class Throughput:
     output_len: int = 64
     """Tokens of each answer."""
     dataset_path: Path | None = None
-    """A trace to take the lengths from: .csv or .csv.gz with columns arrival_s (not looked at), prompt_tokens and
-    output_tokens. Rows that do not fit into the model's context are left out and counted."""
+    """A trace to take the lengths from: .csv or .csv.gz with columns arrival_s (not looked at), prompt_tokens
+    and output_tokens. Rows that do not fit into the model's context are left out and counted."""
     result: Destination = dataclasses.field(default_factory=Destination)
     """Where the result goes."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
@@ -62,22 +63,22 @@ class Throughput:
         config = build(EngineConfig, self.engine)
         status = Status()
         engine, _ = open_engine(config, status)
-        skipped = 0
         if self.dataset_path is None:
             check_lengths(engine, self.input_len, self.output_len)
-        else:
-            fitting = [(p, o) for p, o in lengths if p + o <= engine.max_model_len]
-            skipped, lengths = len(lengths) - len(fitting), fitting
-            if not lengths:
-                raise InvalidConfigError(f"{self.dataset_path}: no row fits into max_model_len={engine.max_model_len}.")
-        prompts = random_prompts([p for p, _ in lengths], engine.model_config.vocab_size, config.seed)
-        _run(engine, prompts[:1], [2])  # the first launch of each kind of program costs extra
-        engine.blocks.reset_prefix_cache()
+        fitting = [(p, o) for p, o in lengths if p + o <= engine.max_model_len]
+        if not fitting:
+            raise InvalidConfigError(f"{self.dataset_path}: no row fits into {engine.max_model_len} tokens.")
+        prompts = random_prompts([p for p, _ in fitting], engine.model_config.vocab_size, config.seed)
+        output_lens = [o for _, o in fitting]
+        if not config.warmup:
+            _run(engine, prompts, output_lens)  # the same requests make the same steps: all are compiled then
+            engine.blocks.reset_prefix_cache()
         with status.doing(f"running {len(prompts)} requests"):
             start = time.perf_counter()
-            outputs = _run(engine, prompts, [o for _, o in lengths])
+            outputs = _run(engine, prompts, output_lens)
             elapsed = time.perf_counter() - start
-        result = _result(outputs, elapsed) | {"num_skipped": skipped} | environment(config.model)
+        skipped = {"num_skipped": len(lengths) - len(fitting)}
+        result = _result(outputs, elapsed) | skipped | environment(config.model)
         self.result.give(result, _lines(result))
         return 0
 
@@ -91,10 +92,10 @@ def read_trace(path: Path, most: int) -> list[tuple[int, int]]:
     except OSError as error:
         raise InvalidConfigError(f"--dataset-path {path}: {error.strerror or error}.") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise InvalidConfigError(f"--dataset-path {path}: a CSV file with the columns arrival_s, prompt_tokens and "
-                                 f"output_tokens is expected ({error}).") from error
+        raise InvalidConfigError(f"--dataset-path {path}: a CSV file with the columns arrival_s, prompt_tokens "
+                                 f"and output_tokens is expected ({error}).") from error
     if not rows or any(p < 1 or o < 1 for p, o in rows):
-        raise InvalidConfigError(f"--dataset-path {path}: every row needs lengths of at least 1, and there must be one.")
+        raise InvalidConfigError(f"--dataset-path {path}: it has no rows, or lengths below 1.")
     return rows
 
 

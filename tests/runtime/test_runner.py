@@ -1,0 +1,95 @@
+"""The device's side of the bargain: memory is updated in place, shapes are few, a second start compiles nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from jpaged import SamplingParams
+from jpaged.scheduling.plan import make_buckets
+from jpaged.startup import Limits, resolve_limits
+from tests.engine.support import run
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def test_no_step_copies_the_pool(tiny):
+    runner = tiny().runner
+    spec, pool_bytes = runner.spec, runner.spec.num_bytes
+    shape = f"f32[{','.join(map(str, spec.layer_shape))}]"
+    for bucket in tiny().scheduler.buckets:
+        compiled = runner.compile_forward(bucket)
+        copies = [line for line in compiled.as_text().splitlines() if f"{shape}" in line and " copy(" in line]
+        assert not copies, f"{bucket} copies a layer's pool:\n" + "\n".join(copies[:3])
+        memory = compiled.memory_analysis()
+        assert memory.alias_size_in_bytes >= pool_bytes, "the pool is donated, so outputs alias it"
+        assert memory.temp_size_in_bytes < pool_bytes / spec.num_layers, "no room for a copy of even one layer"
+
+
+def test_pool_stays_where_it_is(tiny):
+    engine = tiny()
+    pointers = [layer.unsafe_buffer_pointer() for layer in engine.runner.pool]
+    for i in range(5):
+        engine.add_request(str(i), {"prompt_token_ids": [5 + i] * (3 + 9 * i)}, SamplingParams(max_tokens=9))
+    run(engine)
+    assert [layer.unsafe_buffer_pointer() for layer in engine.runner.pool] == pointers
+
+
+def test_params_are_not_copied(tiny):
+    """The checkpoint's arrays are the device's arrays (CPU): no second copy of the weights."""
+    import checkpoints
+    from tests.engine.support import GOLDENS
+
+    params = checkpoints.load(GOLDENS / "models" / "llama", skip_tokenizer=True).params
+    leaf = params["layers_0"]["mlp"]["gate_proj"]["kernel"]
+    assert jax.device_put(leaf).unsafe_buffer_pointer() == leaf.ctypes.data
+
+
+@pytest.mark.parametrize("seqs", [1, 2, 7, 32, 64, 100, 256, 1024])
+@pytest.mark.parametrize("tiles", [1, 3, 16, 64])
+def test_buckets_are_about_a_dozen_and_hold_every_step(seqs, tiles):
+    buckets = make_buckets(seqs, tiles, 32)
+    assert len(buckets) <= 13
+    assert max(b.decode_rows for b in buckets if b.prefill_tiles == 0) == seqs
+    assert any(b == (seqs, tiles) for b in buckets), "the fullest step has a shape"
+
+
+def test_default_limits(tiny):
+    from jpaged.config import EngineConfig
+
+    limits: Limits = resolve_limits(EngineConfig(), tiny().model_config, np.dtype("float32"))
+    assert limits.max_model_len == 256, "the model's own limit"
+    assert len(limits.buckets) <= 13
+
+
+COUNT_COMPILATIONS = """
+import json, sys
+from jax import monitoring
+counts = {}
+def count(event, **kwargs):
+    counts[event] = counts.get(event, 0) + 1
+monitoring.register_event_listener(count)
+from jpaged import LLM, SamplingParams
+llm = LLM(model=sys.argv[1], compilation_cache_dir=sys.argv[2], max_num_seqs=2, max_model_len=64, block_size=4,
+          num_gpu_blocks_override=64, max_num_batched_tokens=66)
+llm.generate({"prompt_token_ids": [5, 6, 7]}, SamplingParams(max_tokens=4, seed=1), use_tqdm=False)
+print(json.dumps({name.rsplit("/", 1)[1]: n for name, n in counts.items()}))
+"""
+
+
+def test_second_start_compiles_nothing(tmp_path):
+    def start() -> dict:
+        model = REPOSITORY / "tests" / "goldens" / "models" / "llama"
+        done = subprocess.run([sys.executable, "-c", COUNT_COMPILATIONS, str(model), str(tmp_path)], check=True,
+                              capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        return json.loads(done.stdout.splitlines()[-1])
+
+    first, second = start(), start()
+    assert first["cache_misses"] > 0
+    assert second.get("cache_misses", 0) == 0
+    assert second["cache_hits"] >= first["cache_misses"]
