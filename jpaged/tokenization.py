@@ -84,9 +84,10 @@ def _require(tokenizer: "Tokenizer | None") -> "Tokenizer":
 
 def _encode(text: str, tokenizer: "Tokenizer | None", *, add_special_tokens: bool = True) -> list[int]:
     try:
-        return _require(tokenizer).backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        text.encode()
     except UnicodeEncodeError as error:  # lone surrogates can't be written as UTF-8
         raise InvalidRequestError(f"the prompt is not valid Unicode: {error.reason}.") from error
+    return _require(tokenizer).backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 
 
 class Detokenizer:

@@ -1,1 +1,1 @@
-"""The command line: `jpaged generate | chat | bench | collect-env`. JAX is imported when a command needs it."""
+"""The command line: `jpaged generate | chat | bench | collect-env`. JAX is imported when it is needed."""

@@ -58,6 +58,7 @@ class Chat:
         if engine.tokenizer is None or not engine.tokenizer.chat_template:
             raise InvalidRequestError(f"{config.model} has no chat template; use jpaged generate --raw.")
         conversation = Conversation(engine, params, status, report, system=self.system, stats=self.stats)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from here on Ctrl-C does not end the process
         interactive = sys.stdin.isatty()
         if interactive:
             print(f"{config.model} is ready. /help for help, Ctrl-D to leave.", file=sys.stderr)

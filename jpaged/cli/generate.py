@@ -42,8 +42,8 @@ class Generate:
     """
 
     prompt: Prompts = ()
-    """Each argument is one prompt; without any, each line of standard input. One prompt: the answer is written
-    as it is generated. Several: "> prompt" and its answer, in order."""
+    """Each argument is one prompt; without any, each line of standard input. One prompt: the answer is
+    written as it is generated. Several: "> prompt" and its answer, in order."""
     raw: Switch = False
     """Continue the prompt as plain text, without the model's chat template."""
     system: str | None = None
@@ -87,8 +87,8 @@ class Generate:
 
 def _prompts_from_stdin() -> list[str]:
     if sys.stdin.isatty():
-        raise InvalidRequestError('no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe lines '
-                                  "into standard input, or talk to the model with jpaged chat.")
+        raise InvalidRequestError('no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe '
+                                  "lines into standard input, or talk to the model with jpaged chat.")
     prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise InvalidRequestError("no prompt: standard input has no lines.")

@@ -1,8 +1,10 @@
-"""The entry point: `jpaged COMMAND ...`. A command is a dataclass: its fields are flags, `run` does the work."""
+"""The entry point: `jpaged COMMAND ...`. A command is a dataclass: its fields are flags, `run` does it."""
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import tyro
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2: the command line or a prompt is wrong. 1: a model can't be loaded, or the engine failed. 130: Ctrl-C.
     """
     try:
-        return _run(sys.argv[1:] if arguments is None else list(arguments))
+        with _deadly_interrupts():
+            return _run(sys.argv[1:] if arguments is None else list(arguments))
     except (JpagedError, CheckpointError) as error:
         print(f"jpaged: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, _USAGE_ERRORS) else 1
@@ -75,6 +78,20 @@ def _run(arguments: list[str]) -> int:
     # None of them: tyro shows the help, or what is wrong and what there is.
     arguments = arguments or ["--help"]
     return tyro.cli(CHOICE, prog="jpaged", description=DESCRIPTION, args=arguments, config=STYLE).run()
+
+
+@contextlib.contextmanager
+def _deadly_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process at once, as it does most programs.
+
+    Python would only hear of it when XLA has compiled, and an interrupted import may go on as if nothing had been.
+    `jpaged chat`, which has something to keep, takes it over.
+    """
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def describe(key: tuple, tile_size: int) -> str:
 
 
 def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, CompileReport]":
-    """Loads the model. Without `config.warmup`, steps are compiled (and reported) when they are first needed."""
+    """Loads the model. Without `config.warmup`, steps are compiled and reported when first needed."""
     with status.doing("starting JAX"):
         import jax
 

@@ -92,7 +92,7 @@ def read_trace(path: Path, most: int) -> list[tuple[int, int]]:
     except OSError as error:
         raise InvalidConfigError(f"--dataset-path {path}: {error.strerror or error}.") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise InvalidConfigError(f"--dataset-path {path}: a CSV file with the columns arrival_s, prompt_tokens "
+        raise InvalidConfigError(f"--dataset-path {path}: a CSV file with columns arrival_s, prompt_tokens "
                                  f"and output_tokens is expected ({error}).") from error
     if not rows or any(p < 1 or o < 1 for p, o in rows):
         raise InvalidConfigError(f"--dataset-path {path}: it has no rows, or lengths below 1.")
