@@ -70,6 +70,7 @@ class Replay:
         self._groups = (make_group(i, p, min(o, max_len - p)) for i, (p, o) in enumerate(lengths) if 0 < p < max_len and o)
         self._in_flight: deque[StepPlan] = deque()
         self.num_added = 0
+        self.num_computed = 0  # tokens, those that were computed again after a preemption included
 
     def step(self) -> bool:
         """Fills the queue, plans a step and commits the one before; whether requests still wait."""
@@ -80,6 +81,7 @@ class Replay:
         plan = self.scheduler.schedule()
         if plan is not None:
             self._in_flight.append(plan)
+            self.num_computed += plan.num_tokens
         if len(self._in_flight) > 1 or plan is None:
             committed = self._in_flight.popleft()
             self.scheduler.commit(committed, [1] * len(committed.sampling))
@@ -118,6 +120,7 @@ def measure(replay: Replay) -> dict[str, float]:
         "pool_allocated": float((allocated / slots).mean()),
         "mean_batch": float(running.mean()),
         "preemptions": replay.scheduler.num_preemptions,
+        "computed_again": replay.scheduler.tokens_lost / replay.num_computed,
     }
 
 
@@ -142,7 +145,8 @@ def main() -> None:
           f"({result['waste_with_reserved']:.2%} counting prompt chunks that are still to be computed)")
     print(f"the saturated pool: {result['pool_written']:.1%} hold tokens, {result['pool_allocated']:.1%} are allocated; "
           f"{result['mean_batch']:.1f} requests run together")
-    print(f"{result['saturated_steps']} steps of {result['requests']} requests, {result['preemptions']} preemptions")
+    print(f"{result['saturated_steps']} steps of {result['requests']} requests, {result['preemptions']} preemptions, "
+          f"{result['computed_again']:.1%} of the tokens computed a second time")
     if arguments.json:
         arguments.json.write_text(json.dumps({"benchmark": "pool_waste", "results": result}, indent=2) + "\n")
 

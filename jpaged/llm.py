@@ -95,7 +95,7 @@ class LLM:
           add_generation_prompt: begin an answer of the assistant.
           continue_final_message: continue the last message instead.
         """
-        chats: list[Chat] = [messages] if is_chat(messages) else list(messages)  # type: ignore[list-item]
+        chats: list[Chat] = [messages] if is_chat(messages) else list(messages)  # type: ignore[list-item, arg-type]
         tokenizer = self.engine.tokenizer
         prompts: list[Prompt] = []
         for chat in chats:

@@ -4,7 +4,9 @@
 """
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -115,11 +117,11 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
 
 def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:
     """Compiles every step shape with a progress bar and an estimate of the time left."""
-    jobs = [(runner.compile_forward, (bucket,)) for bucket in buckets]
-    jobs += [(runner.compile_sample, (bucket, variant)) for bucket in buckets for variant in WARM_VARIANTS]
+    jobs: list[Callable[[], Any]] = [functools.partial(runner.compile_forward, bucket) for bucket in buckets]
+    jobs += [functools.partial(runner.compile_sample, b, variant) for b in buckets for variant in WARM_VARIANTS]
     with Progress("compiling steps", total=len(jobs)) as progress:
-        for job, arguments in jobs:
-            job(*arguments)
+        for compile_one in jobs:
+            compile_one()
             progress.advance()
 
 

@@ -38,8 +38,8 @@ def encode_prompt(prompt: Prompt, tokenizer: "Tokenizer | None") -> tuple[str | 
     if isinstance(prompt, str):
         return prompt, _encode(prompt, tokenizer), ""
     if is_chat(prompt):
-        text = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
-        return text, _encode(text, tokenizer, add_special_tokens=False), ""
+        rendered = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
+        return rendered, _encode(rendered, tokenizer, add_special_tokens=False), ""
     if isinstance(prompt, Mapping) and ("prompt_token_ids" in prompt or "prompt" in prompt):
         salt = prompt.get("cache_salt") or ""
         if not isinstance(salt, str) or len(salt) > 1024:
@@ -70,8 +70,8 @@ def render_chat(messages: Chat, tokenizer: "Tokenizer | None", *, add_generation
     import jinja2  # what transformers renders templates with, sandboxed
 
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                             continue_final_message=continue_final_message)
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt,
+                                                 continue_final_message=continue_final_message))
     except (jinja2.TemplateError, ValueError) as error:
         raise InvalidRequestError(f"the chat template does not take these messages: {error}") from error
 

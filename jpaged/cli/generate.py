@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro import conf
 
 from jpaged.cli.flags import NOT_FLAGS, Switch, build, flags_of
-from jpaged.cli.session import CompileReport, open_engine
+from jpaged.cli.session import CompileReport, compile_decode_steps, open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidRequestError
@@ -74,6 +74,8 @@ class Generate:
             except InvalidRequestError as error:
                 which = f"prompt {i + 1}: " if len(prompts) > 1 else ""
                 raise InvalidRequestError(f"{which}{error}") from error
+        if len(prompts) * params.n > 1:
+            compile_decode_steps(engine, params)
         writer = _JsonWriter(prompts) if self.json else _TextWriter(prompts, params.n)
         _answer(engine, writer, status, report)
         return 0
@@ -126,8 +128,7 @@ class _TextWriter:
         self._texts = [[""] * n for _ in prompts]
         self._reasons: list[str | None] = [None] * len(prompts)
         self._current = 0
-        self._written = 0  # characters of the current prompt's answer
-        self._begin()
+        self._written: int | None = None  # characters of the current prompt's answer; None: nothing, not even it
 
     def take(self, output: "RequestOutput") -> None:
         at = int(output.request_id)
@@ -141,13 +142,12 @@ class _TextWriter:
                 break
             self._next()
 
-    def _begin(self) -> None:
-        if self._several:
-            prompt = self._prompts[self._current].replace("\n", "\n> ")
-            print(f"> {prompt}", flush=True)
-
     def _write_current(self) -> None:
         texts = self._texts[self._current]
+        if self._written is None:
+            if self._several:
+                print("> " + self._prompts[self._current].replace("\n", "\n> "))
+            self._written = 0
         if len(texts) == 1:
             print(texts[0][self._written :], end="", flush=True)
             self._written = len(texts[0])
@@ -158,10 +158,7 @@ class _TextWriter:
         print("\n" if self._several and self._current + 1 < len(self._prompts) else "", flush=True)
         if not self._several and self._reasons[0] == "length":
             print("[the answer was cut off: see --max-tokens]", file=sys.stderr)
-        self._current += 1
-        self._written = 0
-        if self._current < len(self._prompts):
-            self._begin()
+        self._current, self._written = self._current + 1, None
 
 
 class _JsonWriter:

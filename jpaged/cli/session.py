@@ -10,6 +10,7 @@ from jpaged.config import EngineConfig
 
 if TYPE_CHECKING:
     from jpaged.engine import LLMEngine
+    from jpaged.sampling_params import SamplingParams
 
 
 class CompileReport:
@@ -90,3 +91,16 @@ def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, Compi
         engine = LLMEngine(config)
     engine.runner.on_compile = report
     return engine, report
+
+
+def compile_decode_steps(engine: "LLMEngine", params: "SamplingParams") -> None:
+    """Compiles the steps for every number of running requests down to one, for requests with these parameters.
+
+    As requests finish, the batch shrinks from one size to the next: otherwise the answers would halt at each.
+    """
+    from jpaged.scheduling.plan import variant_of
+
+    for bucket in engine.scheduler.buckets:
+        if not bucket.prefill_tiles:
+            engine.runner.compile_forward(bucket)
+            engine.runner.compile_sample(bucket, variant_of(params))

@@ -64,13 +64,14 @@ class Attention(nn.Module):
 
     def _paged(self, q: jax.Array, kv: jax.Array, layout: PagedLayout) -> jax.Array:
         rows, tiles = layout.num_decodes, layout.num_tiles
-        options = {"scale": self._scale, "sliding_window": self.config.sliding_window}
+        scale, window = self._scale, self.config.sliding_window
         lanes = []
         if rows:
-            lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, layout.decode_lengths, **options))
+            lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, layout.decode_lengths,
+                                                scale=scale, sliding_window=window))
         if tiles:
             tiled = q[rows:].reshape(tiles, -1, *q.shape[1:])  # [P, C, Hq, D]
             out = paged_prefill_attention(tiled, kv, layout.prefill_tables, layout.prefill_starts,
-                                          layout.prefill_lengths, **options)
+                                          layout.prefill_lengths, scale=scale, sliding_window=window)
             lanes.append(out.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(lanes) if len(lanes) > 1 else lanes[0]

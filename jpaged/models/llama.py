@@ -43,7 +43,7 @@ class LlamaForCausalLM(nn.Module):
     """
 
     config: ModelConfig
-    dtype: jnp.dtype = jnp.float32
+    dtype: jnp.dtype = jnp.dtype("float32")
 
     def setup(self) -> None:
         config = self.config
@@ -72,11 +72,11 @@ class LlamaForCausalLM(nn.Module):
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
         x = self.embed_tokens(tokens)
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
-        layers = []
+        layers: list[jax.Array | None] = []
         for i, layer in enumerate(self.layers):
             x, kv = layer(x, angles, None if pool is None else pool[i], layout)
             layers.append(kv)
-        return self.norm(x), None if pool is None else tuple(layers)
+        return self.norm(x), None if pool is None else tuple(kv for kv in layers if kv is not None)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""

@@ -26,7 +26,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
         case "default" | "dynamic":  # dynamic NTK changes nothing up to the trained length, our limit
             frequencies, attention = base, 1.0
         case "linear":
-            frequencies, attention = base / rope.factor, 1.0
+            frequencies, attention = base / _given(rope.factor), 1.0
         case "llama3":
             frequencies, attention = _llama3(rope, base), 1.0
         case "yarn":
@@ -40,28 +40,36 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
 
 def _llama3(rope: RopeConfig, base: np.ndarray) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched, short ones kept, those between are blended."""
-    turns = rope.original_max_position_embeddings * base / (2 * math.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return base * (blend + (1 - blend) / rope.factor)
+    low, high = _given(rope.low_freq_factor), _given(rope.high_freq_factor)
+    turns = _given(rope.original_max_position_embeddings) * base / (2 * math.pi)
+    blend = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return base * (blend + (1 - blend) / _given(rope.factor))
+
+
+def _given(value: float | None) -> float:
+    """A field that this rope_type always has: `ModelConfig` checked it."""
+    if value is None:
+        raise UnsupportedModelError("a RopeConfig lacks a field that its rope_type needs.")
+    return value
 
 
 def _yarn(rope: RopeConfig, base: np.ndarray, dim: int) -> tuple[np.ndarray, float]:
     """YaRN (arXiv 2309.00071): section 3.2 for the ramp, 3.4 for the attention factor."""
 
     def dimension_of(rotations: float) -> float:
-        period = rope.original_max_position_embeddings / (rotations * 2 * math.pi)
+        period = _given(rope.original_max_position_embeddings) / (rotations * 2 * math.pi)
         return dim * math.log(period) / (2 * math.log(rope.theta))
 
+    factor = _given(rope.factor)
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    frequencies = base / rope.factor * ramp + base * (1 - ramp)
+    frequencies = base / factor * ramp + base * (1 - ramp)
 
     def mscale(weight: float) -> float:
-        return 1.0 if rope.factor <= 1 else 0.1 * weight * math.log(rope.factor) + 1.0
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if rope.attention_factor is not None:
         attention = rope.attention_factor
@@ -75,7 +83,7 @@ def _yarn(rope: RopeConfig, base: np.ndarray, dim: int) -> tuple[np.ndarray, flo
 def max_trained_length(config: ModelConfig) -> int:
     """Longest sequence that the frequencies are right for."""
     if config.rope.rope_type == "dynamic":
-        return min(config.max_position_embeddings, config.rope.original_max_position_embeddings)
+        return min(config.max_position_embeddings, int(_given(config.rope.original_max_position_embeddings)))
     return config.max_position_embeddings
 
 

@@ -5,7 +5,7 @@ its sampling parameters are uploaded once; from then on a step tells the device 
 the tokens that it samples stay where the next step finds them (DESIGN, contract 4).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,18 @@ INTEGERS = ("top_k", "seed_high", "seed_low", "sequence_index", "prompt_length")
 NUM_PARAMETERS = len(FLOATS) + len(INTEGERS)
 
 
+Array = Any  # a jax.Array on the device; a NumPy array of one row on its way there
+
+
 class Rules(NamedTuple):
     """Token-by-token edits of the logits of each row; read only by steps whose variant has `rules`."""
 
-    bias_tokens: jax.Array  # int32 [rows, MAX_LOGIT_BIAS], NO_TOKEN where unused
-    bias_values: jax.Array  # float32 [rows, MAX_LOGIT_BIAS]
-    allowed: jax.Array  # uint32 [rows, ceil(V / 32)]: a bit a token
-    bad_words: jax.Array  # int32 [rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS], padded in front with NO_TOKEN
-    suppressed: jax.Array  # int32 [rows, MAX_SUPPRESSED]: not before min_length
-    min_length: jax.Array  # int32 [rows]
+    bias_tokens: Array  # int32 [rows, MAX_LOGIT_BIAS], NO_TOKEN where unused
+    bias_values: Array  # float32 [rows, MAX_LOGIT_BIAS]
+    allowed: Array  # uint32 [rows, ceil(V / 32)]: a bit a token
+    bad_words: Array  # int32 [rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS], padded in front with NO_TOKEN
+    suppressed: Array  # int32 [rows, MAX_SUPPRESSED]: not before min_length
+    min_length: Array  # int32 [rows]
 
 
 class BatchState(NamedTuple):
@@ -105,7 +108,7 @@ def rules_of(sequence: Sequence, vocab_size: int, bad_words: list[list[int]]) ->
     stops = sorted(sequence.stop_token_ids)
     suppressed[: len(stops)] = stops
     return Rules(bias_tokens, bias_values, np.packbits(bits, bitorder="little").view(np.uint32), words, suppressed,
-                 np.int32(len(sequence.group.prompt_token_ids) + params.min_tokens))  # type: ignore[arg-type]
+                 np.int32(len(sequence.group.prompt_token_ids) + params.min_tokens))
 
 
 def set_rules(state: BatchState, row: jax.Array, rules: Rules) -> BatchState:

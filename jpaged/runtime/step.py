@@ -82,7 +82,7 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
         last = jnp.maximum(plan.tile_lengths - 1, 0)
         final = jnp.concatenate([hidden[:num_decodes], tile_hidden[jnp.arange(num_tiles) * tile_size + last]])
         return pool, tables, Forward(
-            logits=model.apply(variables, final, method="logits"),
+            logits=_logits(model, params, final),
             rows=jnp.concatenate([plan.rows, plan.tile_rows]),
             positions=jnp.concatenate([plan.positions, plan.tile_starts + last]) + 1,
             samples=jnp.concatenate([plan.rows != null_row, plan.tile_samples == 1]),
@@ -90,6 +90,10 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
             tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1])
 
     return forward
+
+
+def _logits(model: nn.Module, params, hidden: jax.Array) -> jax.Array:
+    return model.apply({"params": params}, hidden, method="logits")  # type: ignore[return-value]  # no mutable state
 
 
 def _append_blocks(tables: jax.Array, plan: _Plan, block_size: int) -> jax.Array:
@@ -108,8 +112,7 @@ def make_prompt_scores(model: nn.Module, tile_size: int, count: int) -> Callable
     def prompt_scores(params, forward: Forward) -> jax.Array:
         def of_tile(tile):
             hidden, targets = tile
-            logits = model.apply({"params": params}, hidden, method="logits")
-            return logprobs(logits, targets, count)
+            return logprobs(_logits(model, params, hidden), targets, count)
 
         hidden, targets = forward.tile_hidden, forward.tile_targets
         rows = jax.lax.map(of_tile, (hidden.reshape(-1, tile_size, hidden.shape[-1]), targets.reshape(-1, tile_size)))

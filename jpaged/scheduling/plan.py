@@ -52,7 +52,7 @@ class Variant(NamedTuple):
     prompt_logprobs: bool = False
 
     def union(self, other: "Variant") -> "Variant":
-        return Variant(*(max(a, b) for a, b in zip(self, other, strict=True)))
+        return Variant._make(max(a, b) for a, b in zip(self, other, strict=True))
 
 
 def variant_of(params: SamplingParams) -> Variant:

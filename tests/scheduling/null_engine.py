@@ -157,13 +157,13 @@ class NullEngine:
                                     frozenset(params.stop_token_ids)) for i in range(n)]
         self.scheduler.add(group)
         self.groups.append(group)
-        # Served in order, a group waits for those before it: each of their tokens, and their ways in, cost at most
-        # a step for computing it and one for computing it again.
-        after = [g for g in self.unfinished if g.order > group.order]
-        before = [g for g in self.unfinished if g.order < group.order]
-        self._deadlines[group] = self.num_steps + sum(self._cost(g) for g in [*before, group])
-        for other in after:
-            self._deadlines[other] += self._cost(group)
+        # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their
+        # ways in, cost at most a step for computing it and one for computing it again.
+        first = [g for g in self.unfinished if g.order < group.order or g.status is Status.RUNNING]
+        self._deadlines[group] = self.num_steps + sum(self._cost(g) for g in [*first, group])
+        for other in self.unfinished:
+            if other.order > group.order:
+                self._deadlines[other] += self._cost(group)
         return group
 
     @staticmethod
