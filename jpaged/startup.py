@@ -21,6 +21,7 @@ from jpaged.models.registry import build as build_model
 from jpaged.models.rope import max_trained_length
 from jpaged.progress import Progress
 from jpaged.runtime import compile_cache
+from jpaged.runtime.host_memory import keep_freed_memory
 from jpaged.runtime.kv_pool import KVPoolSpec, blocks_in_budget, cpu_budget
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
@@ -70,6 +71,8 @@ def build(config: EngineConfig) -> Components:
       OutOfMemoryError: the memory budget is too small.
     """
     compile_cache.enable(config.compilation_cache_dir)
+    if jax.default_backend() == "cpu":
+        keep_freed_memory()
     dtype = _dtype(config)
     with Progress("loading weights", unit="B") as progress:
         checkpoint = checkpoints.load(config.model, dtype=dtype.name, revision=config.revision,

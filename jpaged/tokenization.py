@@ -1,11 +1,13 @@
 """Text to tokens and back: prompts and chats at the edge, incremental detokenisation, stop strings."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jpaged.errors import InvalidRequestError
 
 if TYPE_CHECKING:
+    from tokenizers.decoders import DecodeStream
     from transformers import PreTrainedTokenizerBase
 
     Tokenizer = PreTrainedTokenizerBase
@@ -41,12 +43,12 @@ def encode_prompt(prompt: Prompt, tokenizer: "Tokenizer | None") -> tuple[str | 
         rendered = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
         return rendered, _encode(rendered, tokenizer, add_special_tokens=False), ""
     if isinstance(prompt, Mapping) and ("prompt_token_ids" in prompt or "prompt" in prompt):
-        salt = prompt.get("cache_salt") or ""
+        salt, text = prompt.get("cache_salt") or "", prompt.get("prompt")
         if not isinstance(salt, str) or len(salt) > 1024:
             raise InvalidRequestError("cache_salt must be a string of at most 1024 characters.")
-        text = prompt.get("prompt")
-        if "prompt_token_ids" in prompt:
-            return text, list(prompt["prompt_token_ids"]), salt
+        _check_unicode("cache_salt", salt)
+        if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
+            return text, _token_list(prompt["prompt_token_ids"]), salt
         if isinstance(text, str):
             return text, _encode(text, tokenizer), salt
     raise InvalidRequestError(
@@ -83,11 +85,22 @@ def _require(tokenizer: "Tokenizer | None") -> "Tokenizer":
 
 
 def _encode(text: str, tokenizer: "Tokenizer | None", *, add_special_tokens: bool = True) -> list[int]:
+    _check_unicode("the prompt", text)
+    return _require(tokenizer).backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+
+
+def _token_list(tokens: Any) -> list[int]:
+    """Token ids as Python numbers; the engine checks each."""
+    if isinstance(tokens, str) or not isinstance(tokens, Iterable):
+        raise InvalidRequestError(f"prompt_token_ids must be a list of token ids, not {type(tokens).__name__}.")
+    return [int(t) if isinstance(t, Integral) and not isinstance(t, bool) else t for t in tokens]
+
+
+def _check_unicode(what: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # lone surrogates can't be written as UTF-8
-        raise InvalidRequestError(f"the prompt is not valid Unicode: {error.reason}.") from error
-    return _require(tokenizer).backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        raise InvalidRequestError(f"{what} is not valid Unicode: {error.reason}.") from error
 
 
 class Detokenizer:
@@ -98,26 +111,48 @@ class Detokenizer:
     """
 
     def __init__(self, tokenizer: "Tokenizer", prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
-        from tokenizers.decoders import DecodeStream
-
         self._backend = tokenizer.backend_tokenizer
         self._skip = skip_special_tokens
-        # A few tokens of context tell whether a leading space belongs to the first word.
-        self._stream = DecodeStream(ids=prompt_token_ids[-6:], skip_special_tokens=skip_special_tokens)
-        self._pending: list[int] = []
+        self._stream = self._new_stream(self._context(prompt_token_ids))
+        self._pending: list[int] = []  # tokens since the last text
         self.text = ""
 
     def push(self, tokens: list[int]) -> str:
         """Adds tokens; returns the text that became final."""
         before = len(self.text)
         for token in tokens:
-            piece = self._stream.step(self._backend, token)
-            self._pending = self._pending[-16:] if piece is None else []
-            if piece is None:
-                self._pending.append(token)
-            else:
+            self._pending.append(token)
+            piece = self._decode_next(token)
+            if piece is not None:
                 self.text += piece
+                self._pending = []
         return self.text[before:]
+
+    def _decode_next(self, token: int) -> str | None:
+        """The text that became final, or None if it may still change."""
+        try:
+            return self._stream.step(self._backend, token)
+        except Exception:  # tokenizers raises nothing more precise
+            # Byte-fallback decoders (SentencePiece) take back a character if the bytes after it are no UTF-8. What
+            # has been given out stays; what was pending is decoded for itself, and a new stream begins.
+            self._stream = self._new_stream([token])
+            return self._backend.decode(self._pending, skip_special_tokens=self._skip)
+
+    def _context(self, prompt: list[int]) -> list[int]:
+        """The prompt's last tokens, which tell whether a leading space belongs to the first word.
+
+        They must not begin or end inside a character, or what is wrong with it would be given out as text.
+        """
+        for count in range(6, 25):
+            context = prompt[-count:]
+            if "\ufffd" not in self._backend.decode(context, skip_special_tokens=self._skip):
+                return context
+        return []
+
+    def _new_stream(self, context: list[int]) -> "DecodeStream":
+        from tokenizers.decoders import DecodeStream
+
+        return DecodeStream(ids=context, skip_special_tokens=self._skip)
 
     def finish(self) -> None:
         """No more tokens come: an unfinished character becomes a replacement character."""
@@ -129,14 +164,15 @@ class Detokenizer:
 def find_stop(text: str, new: int, stops: tuple[str, ...]) -> tuple[int, str] | None:
     """The first stop string that ends within the last `new` characters of text: (where it begins, which).
 
+    First is what ends first, and of those the longest: that does not depend on how the text was cut into pieces.
     A stop string may lie across tokens or inside one, so the search goes back as far as the longest could reach.
     """
-    best: tuple[int, str] | None = None
+    found = []
     for stop in stops:
         at = text.find(stop, max(0, len(text) - new - len(stop) + 1))
-        if at >= 0 and (best is None or at < best[0]):
-            best = (at, stop)
-    return best
+        if at >= 0:
+            found.append((at + len(stop), at, stop))
+    return min(found)[1:] if found else None
 
 
 def held_back(text: str, stops: tuple[str, ...]) -> int:

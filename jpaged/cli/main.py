@@ -43,8 +43,7 @@ DESCRIPTION = """PagedAttention and continuous batching in pure JAX.
 
 Begin with: jpaged generate "What is the capital of France?"
 """
-STYLE = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.UseAppendAction, conf.DisallowNone,
-         conf.HelptextFromCommentsOff)
+STYLE = (conf.OmitArgPrefixes, conf.OmitSubcommandPrefixes, conf.UseAppendAction, conf.DisallowNone)
 _USAGE_ERRORS = (InvalidConfigError, InvalidRequestError, UnsupportedFeatureError)
 
 

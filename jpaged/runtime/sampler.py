@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jpaged.runtime.state import FLOATS, INTEGERS, MAX_BAD_WORD_TOKENS, NO_TOKEN, Rules
 from jpaged.scheduling.plan import Variant
 
+_TINY, _HUGE = float(jnp.finfo(jnp.float32).tiny), float(jnp.finfo(jnp.float32).max)
+
 
 def sample(
     tokens: jax.Array,  # int32 [rows, L]: the batch's tokens
@@ -45,8 +47,9 @@ def sample(
     chosen = _argmax(logits)
     if variant.sample:
         keys = jax.vmap(_key)(p["seed_high"], p["seed_low"], p["sequence_index"], positions)
-        greedy = p["temperature"] == 0
-        scaled = logits / jnp.where(greedy, 1.0, p["temperature"])[:, None]
+        greedy = p["temperature"] < _TINY
+        # The best token is at 0 whatever divides it, so that no temperature makes two of them infinite.
+        scaled = (logits - logits.max(axis=-1, keepdims=True)) / jnp.where(greedy, 1.0, p["temperature"])[:, None]
         if variant.truncate:
             scaled = truncate(scaled, p["top_k"], p["top_p"], p["min_p"])
         chosen = jnp.where(greedy, chosen, draw(scaled, keys))
@@ -56,9 +59,12 @@ def sample(
 
 
 def _argmax(x: jax.Array) -> jax.Array:
-    """The first index of the largest of x [N, V]; two plain reductions, which XLA:CPU runs 6 times faster than argmax."""
+    """The first index of the largest of x [N, V]; two plain reductions, which XLA:CPU runs 6 times faster than argmax.
+
+    A row of NaNs has no largest; the last index then, so that a broken model does not index beyond its arrays.
+    """
     index = jnp.arange(x.shape[-1], dtype=jnp.int32)
-    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1]).min(axis=-1)
+    return jnp.where(x == x.max(axis=-1, keepdims=True), index, x.shape[-1] - 1).min(axis=-1)
 
 
 def _key(high: jax.Array, low: jax.Array, index: jax.Array, position: jax.Array) -> jax.Array:
@@ -81,7 +87,8 @@ def penalize(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, p: dict[s
     seen = zeros.at[row, tokens].max(known.astype(jnp.int32)) > 0
     counts = zeros.at[row, tokens].add(output.astype(jnp.int32))
     factor = p["repetition_penalty"][:, None]
-    logits = jnp.where(seen, jnp.where(logits > 0, logits / factor, logits * factor), logits)
+    divided = jnp.minimum(logits / factor, _HUGE)  # a tiny penalty must not make two tokens infinite
+    logits = jnp.where(seen, jnp.where(logits > 0, divided, logits * factor), logits)
     logits -= p["frequency_penalty"][:, None] * counts
     return logits - p["presence_penalty"][:, None] * (counts > 0)
 
@@ -130,7 +137,7 @@ def truncate(logits: jax.Array, top_k: jax.Array, top_p: jax.Array, min_p: jax.A
     low = _threshold(order, lambda kept: kept.sum(-1) >= wanted)
     keep = (order >= low[:, None]) & (weights >= min_p[:, None])
     weights = jnp.where(keep, weights, 0.0)
-    mass = top_p * weights.sum(-1)
+    mass = jnp.maximum(top_p * weights.sum(-1), _TINY)  # of a tiny top_p too, the best token must be left
     low = _threshold(order, lambda kept: jnp.where(kept, weights, 0.0).sum(-1) >= mass)
     # At top_p = 1 rounding must not drop a tail: everything is kept.
     return jnp.where(keep & ((order >= low[:, None]) | (top_p >= 1)[:, None]), logits, -jnp.inf)

@@ -1,8 +1,11 @@
 """Paged attention in plain XLA: the CPU path, and the fallback everywhere else.
 
-A layer's pool is `[blocks, 2, kv_heads, block_size, head_dim]`: K and V of a block lie together, and each (block, K or V) is one contiguous
-run, which is what XLA's gather copies fast. Cost follows the real lengths: rows are sorted by length, taken in small groups, and each
-group loops over chunks of the block table only as far as its own longest row, with an online softmax.
+Cost follows the real lengths: rows are sorted by length and taken in groups, and each group loops over chunks of the block
+table only as far as its own longest row, with an online softmax (arXiv 1805.02867). One chunk of one KV head is gathered
+as `chunk_blocks` contiguous runs, so that what arrives is already the matrix that is multiplied.
+
+The optimization barriers keep XLA:CPU from fusing the gather into a transpose (a memcpy per block would become a loop over
+elements) and the exponential into a broadcast (which then is not vectorised).
 """
 
 import functools
@@ -11,98 +14,105 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-NEG_INF = -1e30  # where the running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
+LOWEST = -1e30  # where a running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
 
 
-def write_kv(kv_pool, k, v, slots):
-    """Write k, v [T, Hkv, D] at slots [T] (block * block_size + offset); in place where kv_pool is donated."""
+def write_kv(kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+    """See `api.write_kv`."""
     if slots.shape[0] == 1:  # XLA:CPU copies the whole pool for a scatter of one row: write the null block too
         k, v, slots = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v, slots))
-    block_size = kv_pool.shape[3]
-    return kv_pool.at[slots // block_size, :, :, slots % block_size].set(jnp.stack([k, v], axis=1).astype(kv_pool.dtype))
+    block_size = kv.shape[3]
+    new = jnp.stack([k, v], axis=1).astype(kv.dtype)  # [T, 2, Hkv, D]
+    return kv.at[slots // block_size, :, :, slots % block_size].set(new)
 
 
-def paged_decode_attention(q, kv_pool, block_tables, context_lens, *, scale, sliding_window=None, logit_soft_cap=None,
-                           group_rows=8, chunk_blocks=4):
-    """One query token per row: q [R, Hq, D], block_tables [R, W], context_lens [R] (0: padding, gives zeros) -> [R, Hq, D]."""
-    R, Hq, D = q.shape
-    Hkv = kv_pool.shape[2]
-    end = context_lens.astype(jnp.int32)[:, None]                                           # [R, 1]
-    begin = jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
-    out = _attend(q.reshape(R, Hkv, Hq // Hkv, D) * scale, kv_pool, block_tables, begin, end, logit_soft_cap=logit_soft_cap,
-                  group_rows=group_rows, chunk_blocks=chunk_blocks, parts=chunk_blocks)
-    return out.reshape(R, Hq, D).astype(q.dtype)
+def paged_decode_attention(
+    q: jax.Array, kv: jax.Array, tables: jax.Array, lengths: jax.Array, *, scale: float,
+    sliding_window: int | None = None, logit_soft_cap: float | None = None, group_rows: int = 16, chunk_blocks: int = 8,
+) -> jax.Array:
+    """See `api.paged_decode_attention`."""
+    rows, heads, size = q.shape
+    kv_heads = kv.shape[2]
+    end = lengths.astype(jnp.int32)[:, None]  # [R, 1]
+    out = _attend(q.reshape(rows, kv_heads, -1, size) * scale, kv, tables, _begin(end, sliding_window), end,
+                  logit_soft_cap, group_rows, chunk_blocks)
+    return out.reshape(rows, heads, size).astype(q.dtype)
 
 
-def paged_prefill_attention(q, kv_pool, block_tables, start, lengths, *, scale, sliding_window=None, logit_soft_cap=None,
-                            chunk_blocks=8):
-    """Tiles of query tokens: q [P, Tq, Hq, D] at positions start + [0, lengths) of block_tables [P, W] -> [P, Tq, Hq, D].
-
-    Each token attends to all cached positions up to its own. Tokens past `lengths` give zeros.
-    """
-    P, Tq, Hq, D = q.shape
-    Hkv = kv_pool.shape[2]
-    G = Hq // Hkv
-    t = jnp.arange(Tq, dtype=jnp.int32)
-    end = jnp.where(t < lengths[:, None], start[:, None] + t + 1, 0)                        # [P, Tq]
-    begin = jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
-    q = q.reshape(P, Tq, Hkv, G, D).transpose(0, 2, 3, 1, 4).reshape(P, Hkv, G * Tq, D)
-    out = _attend(q * scale, kv_pool, block_tables, jnp.tile(begin, (1, G)), jnp.tile(end, (1, G)), logit_soft_cap=logit_soft_cap,
-                  group_rows=1, chunk_blocks=chunk_blocks, parts=1)
-    out = out.reshape(P, Hkv, G, Tq, D).transpose(0, 3, 1, 2, 4)
-    return out.reshape(P, Tq, Hq, D).astype(q.dtype)
-
-
-def _attend(q, kv_pool, tables, begin, end, *, logit_soft_cap, group_rows, chunk_blocks, parts):
-    """q [R, Hkv, M, D] (scaled), begin/end [R, M or 1]: each query sees positions begin <= p < end of its row -> [R, Hkv, M, D]."""
-    R, W = tables.shape
-    rows = min(group_rows, R)
-    pad = -R % rows
-    order = jnp.argsort(-jnp.pad(end.max(-1), (0, pad), constant_values=-1))                # longest first; made-up rows last
-    tables = jnp.pad(tables, ((0, 0), (0, -W % chunk_blocks)))
-    pick = lambda x: jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, rows, *x.shape[1:])
-    loop = functools.partial(_online_softmax, kv_pool, logit_soft_cap, chunk_blocks, parts)
-    out = lax.map(lambda group: loop(*group), (pick(q), pick(tables), pick(begin), pick(end)))
-    return out.reshape(R + pad, *q.shape[1:])[jnp.argsort(order)[:R]]
+def paged_prefill_attention(
+    q: jax.Array, kv: jax.Array, tables: jax.Array, starts: jax.Array, lengths: jax.Array, *, scale: float,
+    sliding_window: int | None = None, logit_soft_cap: float | None = None, chunk_blocks: int = 8,
+) -> jax.Array:
+    """See `api.paged_prefill_attention`. A tile's queries of one KV head are stacked: [Hq / Hkv * C, D] a product."""
+    tiles, c, heads, size = q.shape
+    kv_heads = kv.shape[2]
+    group = heads // kv_heads
+    offsets = jnp.arange(c, dtype=jnp.int32)
+    end = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets + 1, 0)  # [P, C]
+    begin = _begin(end, sliding_window)
+    stacked = q.reshape(tiles, c, kv_heads, group, size).transpose(0, 2, 3, 1, 4).reshape(tiles, kv_heads, -1, size)
+    out = _attend(stacked * scale, kv, tables, jnp.tile(begin, (1, group)), jnp.tile(end, (1, group)),
+                  logit_soft_cap, 1, chunk_blocks)
+    out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
+    return out.reshape(tiles, c, heads, size).astype(q.dtype)
 
 
-def _online_softmax(kv_pool, logit_soft_cap, chunk_blocks, parts, q, tables, begin, end):
-    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin/end [n, M or 1] -> [n, Hkv, M, D].
+def _begin(end: jax.Array, sliding_window: int | None) -> jax.Array:
+    return jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
 
-    A chunk is `parts` (s) batches of matrix products. With few queries a part is one block, which is used as it lies (no transpose);
-    with many queries one part, the whole chunk, makes larger products. The barriers keep XLA from fusing the gather with a
-    transpose (a memcpy per block becomes an element loop) and the exponential with broadcasts (which then is not vectorised).
-    """
-    n, Hkv, M, D = q.shape
-    N, _, _, block_size, _ = kv_pool.shape
-    span, per_part = chunk_blocks * block_size, chunk_blocks // parts * block_size
-    halves = kv_pool.reshape(2 * N, -1)                                                     # row 2b: K of block b, row 2b + 1: its V
-    begin, end = begin[:, None, None, :, None], end[:, None, None, :, None]                 # [n, 1, 1, M, 1]
-    offsets = jnp.arange(span).reshape(parts, 1, 1, per_part)
-    q = jnp.broadcast_to(q[:, None], (n, parts, Hkv, M, D)).reshape(-1, M, D)
 
-    def take(index):                                                                        # [n, chunk_blocks] -> [n s Hkv, per_part, D]
-        x = lax.optimization_barrier(jnp.take(halves, index.reshape(-1), axis=0, mode="clip"))
-        x = x.reshape(n * parts, chunk_blocks // parts, Hkv, block_size, D).transpose(0, 2, 1, 3, 4)
-        return x.reshape(-1, per_part, D).astype(q.dtype)
+def _attend(q, kv, tables, begin, end, logit_soft_cap, group_rows, chunk_blocks) -> jax.Array:
+    """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row -> float32 like q."""
+    rows, width = tables.shape
+    taken = min(group_rows, rows)
+    pad = -rows % taken
+    order = jnp.argsort(-jnp.pad(end.max(-1), (0, pad), constant_values=-1))  # longest first; made-up rows last
+    tables = jnp.pad(tables, ((0, 0), (0, -width % chunk_blocks)))
+
+    def in_groups(x):
+        return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, taken, *x.shape[1:])
+
+    loop = functools.partial(_online_softmax, kv, logit_soft_cap, chunk_blocks)
+    out = lax.map(lambda group: loop(*group), tuple(in_groups(x) for x in (q, tables, begin, end)))
+    return out.reshape(rows + pad, *q.shape[1:])[jnp.argsort(order)[:rows]]
+
+
+def _online_softmax(kv, logit_soft_cap, chunk_blocks, q, tables, begin, end) -> jax.Array:
+    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin and end [n, M or 1] -> [n, Hkv, M, D]."""
+    n, kv_heads, m, size = q.shape
+    block_size, span = kv.shape[3], chunk_blocks * kv.shape[3]
+    runs = kv.reshape(-1, block_size * size)  # row (2 * block + is_value) * Hkv + head
+    heads = jnp.arange(kv_heads)[:, None]
+    q = q.reshape(n * kv_heads, m, size)
+    begin, end = begin[:, None, :, None], end[:, None, :, None]  # [n, 1, M or 1, 1]
+
+    def gather(index):  # [n, Hkv, chunk_blocks] -> [n * Hkv, span, D]
+        run = lax.optimization_barrier(jnp.take(runs, index.reshape(-1), axis=0, mode="clip"))
+        return run.reshape(n * kv_heads, span, size).astype(q.dtype)
 
     def body(carry):
-        chunk, m, l, acc = carry
-        block = 2 * lax.dynamic_slice_in_dim(tables, chunk * chunk_blocks, chunk_blocks, axis=1)
-        s = jnp.einsum("xmd,xkd->xmk", q, take(block), preferred_element_type=jnp.float32).reshape(n, parts, Hkv, M, per_part)
+        chunk, high, total, out = carry
+        blocks = lax.dynamic_slice_in_dim(tables, chunk * chunk_blocks, chunk_blocks, axis=1)[:, None]
+        keys = 2 * kv_heads * blocks + heads
+        scores = jnp.einsum("xmd,xkd->xmk", q, gather(keys), preferred_element_type=jnp.float32)
+        scores = scores.reshape(n, kv_heads, m, span)
         if logit_soft_cap is not None:
-            s = jnp.tanh(s / logit_soft_cap) * logit_soft_cap
-        position = chunk * span + offsets
-        s = jnp.where((position < end) & (position >= begin), s, -jnp.inf)                  # [n, s, Hkv, M, k]
-        m_new = jnp.maximum(m, s.max((1, 4)))                                               # finite, as the first m is
-        p = jnp.exp(lax.optimization_barrier(s - m_new[:, None, :, :, None]))
-        alpha = jnp.exp(m - m_new)
-        pv = jnp.einsum("xmk,xkd->xmd", p.reshape(-1, M, per_part).astype(q.dtype), take(block + 1), preferred_element_type=jnp.float32)
-        pv = pv.reshape(n, parts, Hkv, M, D).sum(1)
-        return chunk + 1, m_new, l * alpha + p.sum((1, 4)), acc * alpha[..., None] + pv
+            scores = jnp.tanh(scores / logit_soft_cap) * logit_soft_cap
+        position = chunk * span + jnp.arange(span)
+        unseen = lax.optimization_barrier(jnp.where((position < end) & (position >= begin), 0.0, -jnp.inf))
+        scores = lax.optimization_barrier(scores + unseen)
+        higher = lax.optimization_barrier(jnp.maximum(high, scores.max(-1)))  # finite, as the first one is
+        weights = lax.optimization_barrier(jnp.exp(lax.optimization_barrier(scores - higher[..., None])))
+        shrink = jnp.exp(high - higher)
+        values = gather(keys + kv_heads)
+        new = jnp.einsum("xmk,xkd->xmd", weights.reshape(-1, m, span).astype(q.dtype), values,
+                         preferred_element_type=jnp.float32)
+        out = out * shrink[..., None] + new.reshape(out.shape)
+        return chunk + 1, higher, total * shrink + weights.sum(-1), out
 
     last = end.max()
-    first = jnp.minimum(jnp.where(end > 0, begin, last).min(), last) // span                # a sliding window skips what nobody sees
-    carry = (first, jnp.full((n, Hkv, M), NEG_INF), jnp.zeros((n, Hkv, M)), jnp.zeros((n, Hkv, M, D)))
-    _, _, l, acc = lax.while_loop(lambda carry: carry[0] * span < last, body, carry)
-    return acc / jnp.maximum(l, 1e-30)[..., None]
+    first = jnp.minimum(jnp.where(end > 0, begin, last).min(), last) // span  # a window skips what nobody sees
+    shape = (n, kv_heads, m)
+    carry = (first, jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, size)))
+    _, _, total, out = lax.while_loop(lambda carry: carry[0] * span < last, body, carry)
+    return out / jnp.maximum(total, 1e-30)[..., None]

@@ -31,13 +31,16 @@ def row(prompt, output=(), *, index=0, bad_words=(), stop_tokens=(), **params):
     return sequence, [list(word) for word in bad_words]
 
 
+_admit, _set_rules = jax.jit(state.admit), jax.jit(state.set_rules)
+
+
 def batch(*members, vocab=VOCAB) -> state.BatchState:
     """The device's batch state with the members in rows 0, 1, ..., made by the code that the runner uses."""
     made = state.empty(ROWS, LENGTH, 4, vocab)
     for number, (sequence, bad_words) in enumerate(members):
         sequence.row = number
-        made = state.admit(made, state.pack_admission(sequence, np.zeros(LENGTH // 4, np.int32), LENGTH))
-        made = state.set_rules(made, np.int32(number), state.rules_of(sequence, vocab, bad_words))
+        made = _admit(made, state.pack_admission(sequence, np.zeros(LENGTH // 4, np.int32), LENGTH))
+        made = _set_rules(made, np.int32(number), state.rules_of(sequence, vocab, bad_words))
     return made
 
 
@@ -45,11 +48,17 @@ _sample = jax.jit(sampler.sample, static_argnames="variant")
 
 
 def sample(made, logits, rows, positions, variant=EVERYTHING, samples=None):
-    """(chosen tokens, all result columns, the batch's tokens afterwards)."""
-    samples = np.ones(len(rows), bool) if samples is None else np.array(samples)
-    tokens, results = _sample(made.tokens, made.parameters, made.rules, jnp.asarray(logits, jnp.float32),
-                              np.array(rows, np.int32), np.array(positions, np.int32), samples, variant=variant)
-    return np.asarray(results[:, 0]), np.asarray(results), np.asarray(tokens)
+    """(chosen tokens, all result columns, the batch's tokens afterwards). Padded as a plan is, to few shapes."""
+    count = len(rows)
+    size = ROWS if count <= ROWS else count
+    padded = np.zeros((size, VOCAB), np.float32)
+    padded[:count] = logits
+    wanted = np.zeros(size, bool)
+    wanted[:count] = True if samples is None else samples
+    fill = [0] * (size - count)
+    tokens, results = _sample(made.tokens, made.parameters, made.rules, padded, np.array([*rows, *(ROWS for _ in fill)], np.int32),
+                              np.array([*positions, *fill], np.int32), wanted, variant=variant)
+    return np.asarray(results[:count, 0]), np.asarray(results[:count]), np.asarray(tokens)
 
 
 def choose(member, logits, variant=EVERYTHING):
@@ -111,25 +120,32 @@ def test_penalties_leave_masked_tokens_masked():
 
 # ----------------------------------------------------------------------------------------------------------- rules
 
+_apply_rules = jax.jit(sampler.apply_rules)
+
+
+def ruled(made, logits, lengths):
+    """What the rules of rows 0, 1, ... make of their logits."""
+    n = len(lengths)
+    return np.asarray(_apply_rules(jnp.asarray(logits), made.tokens[:n], np.array(lengths), jax.tree.map(lambda x: x[:n], made.rules)))
+
 
 def test_bias_is_added_to_its_tokens_alone():
     logits = distinct_logits(0)
     bias = {0: 100.0, 17: 2.5, VOCAB - 1: -100.0}
     made = batch(row([1], logit_bias=bias))
-    found = sampler.apply_rules(jnp.asarray(logits)[None], made.tokens[:1], np.array([1]), jax.tree.map(lambda x: x[:1], made.rules))
+    found = ruled(made, logits[None], [1])
     expected = logits.copy()
     for token, value in bias.items():
         expected[token] += np.float32(value)
     np.testing.assert_array_equal(found[0], expected)
 
 
-@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 83, 255, 256, 257, 1000])
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, 257])
 def test_the_allowed_mask_on_any_vocabulary(vocab):
     logits = distinct_logits(1, vocab)
     for allowed in ([0], [vocab - 1], list(range(0, vocab, 3)), list(range(vocab))):
         made = batch(row([0], allowed_token_ids=allowed), row([0]), vocab=vocab)
-        found = sampler.apply_rules(jnp.stack([logits, logits]), made.tokens[:2], np.array([1, 1]),
-                                    jax.tree.map(lambda x: x[:2], made.rules))
+        found = ruled(made, np.stack([logits, logits]), [1, 1])
         expected = np.full(vocab, -np.inf, np.float32)
         expected[allowed] = logits[allowed]
         np.testing.assert_array_equal(found[0], expected)
@@ -152,8 +168,7 @@ def test_the_allowed_mask_on_any_vocabulary(vocab):
 def test_bad_words_end_nowhere(word, text, banned):
     made = batch(row(text[:1], text[1:], bad_words=[[40, 41], word]), row(text))
     logits = distinct_logits(2)
-    found = sampler.apply_rules(jnp.stack([logits, logits]), made.tokens[:2], np.array([len(text)] * 2),
-                                jax.tree.map(lambda x: x[:2], made.rules))
+    found = ruled(made, np.stack([logits, logits]), [len(text)] * 2)
     assert np.flatnonzero(np.isneginf(found[0])).tolist() == ([] if banned is None else [banned])
     np.testing.assert_array_equal(found[1], logits)
 
@@ -300,7 +315,7 @@ def test_a_masked_token_is_never_drawn():
     assert set(np.asarray(_draw(logits, keys(2000)))) == {3, 77}
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-38, 1e-40, 1e-300])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-20, 1e-37, 1.2e-38, 1e-40, 1e-300])
 def test_a_temperature_near_zero_is_nearly_greedy(temperature):
     logits = distinct_logits(8, scale=20.0)
     for seed in range(5):
@@ -354,10 +369,9 @@ def test_neutral_parameters_change_nothing_whatever_is_compiled_in():
     made, logits = batch(greedy, drawn), distinct_logits(11, (2, VOCAB))
     plain = sample(made, logits, [0, 1], [3, 3], Variant(sample=True))[0]
     assert plain[0] == logits[0].argmax()
-    for variant in (Variant(sample=True, truncate=True), Variant(sample=True, penalties=True),
-                    Variant(sample=True, rules=True), EVERYTHING):
+    for variant in (Variant(sample=True, truncate=True), EVERYTHING):
         np.testing.assert_array_equal(sample(made, logits, [0, 1], [3, 3], variant)[0], plain)
-    for variant in (Variant(), Variant(penalties=True), Variant(rules=True)):
+    for variant in (Variant(), Variant(penalties=True, rules=True)):
         assert sample(made, logits, [0, 1], [3, 3], variant)[0][0] == plain[0]
 
 
