@@ -1,6 +1,6 @@
 """How much of the pool holds no token? The paper's figure 2, with the real scheduler and block manager and no model.
 
-    python benchmarks/pool_waste.py LENGTHS.csv[.gz] [--block-size 16] [--slots 15728] [--requests 5000] [--json out.json]
+    python benchmarks/pool_waste.py LENGTHS.csv[.gz] [--block-size 16] [--slots 15728] [--requests 5000] [--json OUT]
 
 LENGTHS has the columns arrival_s, prompt_tokens, output_tokens. The arrivals are overload: the queue is never empty,
 so the pool is as full as the scheduler can make it. The default pool is that of OPT-13B on an A100-40GB. Prefix
@@ -47,8 +47,9 @@ def read_lengths(path: Path) -> list[tuple[int, int]]:
 
 def make_group(number: int, prompt_tokens: int, output_tokens: int) -> SequenceGroup:
     params = SamplingParams(max_tokens=output_tokens, temperature=0)
-    group = SequenceGroup(f"{number}", None, [0] * prompt_tokens, params, 0, (0, number), RequestMetrics(arrival_time=0.0))
-    group.sequences = [Sequence(group, 0, [0] * prompt_tokens, prompt_tokens + output_tokens)]
+    prompt = [0] * prompt_tokens
+    group = SequenceGroup(f"{number}", None, prompt, params, 0, (0, number), RequestMetrics(arrival_time=0.0))
+    group.sequences = [Sequence(group, 0, list(prompt), prompt_tokens + output_tokens)]
     return group
 
 
@@ -67,7 +68,8 @@ class Replay:
         tiles = max_num_batched_tokens // TILE_SIZE
         self.scheduler = Scheduler(self.blocks, make_buckets(max_num_seqs, tiles, TILE_SIZE), tile_size=TILE_SIZE,
                                    max_num_batched_tokens=max_num_batched_tokens)
-        self._groups = (make_group(i, p, min(o, max_len - p)) for i, (p, o) in enumerate(lengths) if 0 < p < max_len and o)
+        fitting = ((p, min(o, max_len - p)) for p, o in lengths if 0 < p < max_len and o)
+        self._groups = (make_group(i, p, o) for i, (p, o) in enumerate(fitting))
         self._in_flight: deque[StepPlan] = deque()
         self.num_added = 0
         self.num_computed = 0  # tokens, those that were computed again after a preemption included
@@ -143,8 +145,8 @@ def main() -> None:
         max_len=arguments.max_len, watermark=arguments.watermark))
     print(f"blocks of {result['block_size']}: {result['waste']:.2%} of the allocated slots hold no token "
           f"({result['waste_with_reserved']:.2%} counting prompt chunks that are still to be computed)")
-    print(f"the saturated pool: {result['pool_written']:.1%} hold tokens, {result['pool_allocated']:.1%} are allocated; "
-          f"{result['mean_batch']:.1f} requests run together")
+    print(f"the saturated pool: {result['pool_written']:.1%} hold tokens, "
+          f"{result['pool_allocated']:.1%} are allocated; {result['mean_batch']:.1f} requests run together")
     print(f"{result['saturated_steps']} steps of {result['requests']} requests, {result['preemptions']} preemptions, "
           f"{result['computed_again']:.1%} of the tokens computed a second time")
     if arguments.json:

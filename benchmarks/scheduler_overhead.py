@@ -12,7 +12,6 @@ import cProfile
 import itertools
 import json
 import pstats
-import statistics
 import time
 from collections import deque
 from pathlib import Path
@@ -93,7 +92,8 @@ def measure(num_sequences: int, steps: int) -> dict[str, float]:
     median = float(np.median(total))
     row = {"sequences": num_sequences, "median_us": median, "mean_us": float(total.mean()),
            "p99_us": float(np.percentile(total, 99)), "us_per_sequence": median / num_sequences}
-    return row | {f"{name}_us": statistics.median(column) for name, column in zip(PARTS, samples.T.tolist(), strict=True)}
+    parts = np.median(samples, axis=0).tolist()
+    return row | {f"{name}_us": part for name, part in zip(PARTS, parts, strict=True)}
 
 
 def profile(num_sequences: int, steps: int) -> None:

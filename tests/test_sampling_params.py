@@ -138,7 +138,7 @@ def test_fields_that_contradict_each_other():
 
 @pytest.mark.parametrize("kind", ["DELTA", 1, None])
 def test_output_kind(kind):
-    with pytest.raises(InvalidRequestError, match="^output_kind must"):
+    with pytest.raises(InvalidRequestError, match=r"^output_kind must"):
         SamplingParams(output_kind=kind)
     assert SamplingParams().output_kind is RequestOutputKind.CUMULATIVE
 

@@ -5,6 +5,8 @@
     logits = model.apply({"params": params}, hidden, method=model.logits)
 """
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,11 @@ class DecoderLayer(nn.Module):
         x = x + attended
         normed = nn.RMSNorm(eps, self.dtype, name="post_attention_layernorm")(x)
         return x + GatedMLP(self.config, self.dtype, name="mlp")(normed), kv
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_layer(layer: DecoderLayer, variables, *arguments):
+    return layer.apply(variables, *arguments)
 
 
 class LlamaForCausalLM(nn.Module):
@@ -74,9 +81,15 @@ class LlamaForCausalLM(nn.Module):
         angles = cos_sin(self.config.rope, self.config.head_dim, positions)
         layers: list[jax.Array | None] = []
         for i, layer in enumerate(self.layers):
-            x, kv = layer(x, angles, None if pool is None else pool[i], layout)
+            x, kv = self._run(layer, x, angles, None if pool is None else pool[i], layout)
             layers.append(kv)
         return self.norm(x), None if pool is None else tuple(kv for kv in layers if kv is not None)
+
+    def _run(self, layer: DecoderLayer, *arguments):
+        if self.is_initializing():
+            return layer(*arguments)
+        # As a jitted function of its parameters, one layer is traced for all: 30 of them take seconds otherwise.
+        return _apply_layer(layer.clone(name=None, parent=None), layer.variables, *arguments)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""

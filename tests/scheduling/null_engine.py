@@ -205,13 +205,14 @@ class NullEngine:
         assert self.blocks.num_used == 0
         assert not self.blocks.tables.any()
         assert len(self.scheduler._free_rows) == len(self.scheduler.by_row)
-        assert self.scheduler._variants.total() == 0
+        assert not self.scheduler._variants
         assert not self.scheduler._catching_up
 
     # ------------------------------------------------------------------------------------------------ promises
 
     def check(self) -> None:
         self.blocks.check_invariants()
+        assert all(self.scheduler.by_row[s.row] is s for s in self.scheduler._catching_up)
         for group in self.unfinished:
             assert self.num_steps <= self._deadlines[group], f"{group.request_id} starves"
             rows = [s.row for s in group.unfinished]

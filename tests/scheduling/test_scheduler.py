@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
-from tests.scheduling.null_engine import NullEngine
 
 from jpaged.errors import InvalidRequestError
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Bucket, StepPlan, Tile, Variant
 from jpaged.scheduling.plan import make_buckets, smallest_bucket, variant_of
 from jpaged.sequence import FinishReason, Status
+from tests.scheduling.null_engine import NullEngine
 
 
 def engine(**changes) -> NullEngine:

@@ -107,7 +107,7 @@ def test_outputs_do_not_depend_on_the_pool(caching):
         rng = random.Random(5)
         for _ in range(30):
             family = rng.choice(FAMILIES)
-            engine.add(family[: rng.randrange(1, 20)] + [rng.randrange(VOCAB)], rng.randrange(1, 12), stop=rng.random() < 0.3)
+            engine.add([*family[: rng.randrange(1, 20)], rng.randrange(VOCAB)], rng.randrange(1, 12), stop=rng.random() < 0.3)
         engine.drain()
         engine.check_outputs()
         steps.append(engine.num_steps)
@@ -140,7 +140,7 @@ def test_no_block_is_held_after_100_000_random_operations():
         kind = rng.random()
         if kind < 0.2 and len(engine.unfinished) < 40:
             family = rng.choice(FAMILIES)
-            engine.add(family[: rng.randrange(12)] + [rng.randrange(VOCAB)], rng.randrange(1, 40), stop=rng.random() < 0.3,
+            engine.add([*family[: rng.randrange(12)], rng.randrange(VOCAB)], rng.randrange(1, 40), stop=rng.random() < 0.3,
                        n=rng.choice([1, 1, 1, 1, 2]), priority=rng.choice([0, 0, 0, -1, 1]), salt=rng.choice(["", "", "salt"]))
             added += 1
         elif kind < 0.23 and engine.unfinished:
