@@ -44,7 +44,7 @@ class EngineConfig:
     """fcfs: by arrival. priority: by the request's priority (smaller first), then by arrival."""
     watermark: float = 0.01
     """Share of the blocks that admission leaves free."""
-    prefill_tile_size: int = 32
+    prefill_tile_size: int = 16
     """Tokens of one tile: prompts are computed in pieces of this size, several of them in one step."""
     warmup: bool = True
     """Compile every step shape before the first request; False: each when it is first needed."""

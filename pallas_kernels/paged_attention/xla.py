@@ -52,7 +52,7 @@ def paged_prefill_attention(
     begin = _begin(end, sliding_window)
     stacked = q.reshape(tiles, c, kv_heads, group, size).transpose(0, 2, 3, 1, 4).reshape(tiles, kv_heads, -1, size)
     out = _attend(stacked * scale, kv, tables, jnp.tile(begin, (1, group)), jnp.tile(end, (1, group)),
-                  logit_soft_cap, 1, chunk_blocks)
+                  logit_soft_cap, max(1, 128 // c), chunk_blocks)  # tiles together until products are worth two threads
     out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(tiles, c, heads, size).astype(q.dtype)
 

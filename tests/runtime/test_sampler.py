@@ -244,6 +244,12 @@ def test_each_filter_alone():
     assert kept(min_p=0.3, top_k=2) == [0, 2]
 
 
+def test_top_p_of_one_keeps_a_tail_that_is_lost_in_the_sum():
+    logits = np.array([[0.0, *(-30.0 - i for i in range(VOCAB - 1))]], np.float32)
+    found = _truncate(logits, np.array([0]), np.array([1.0], np.float32), np.array([0.0], np.float32))
+    np.testing.assert_array_equal(found, logits)
+
+
 @pytest.mark.parametrize("top_p", [1e-37, 1e-40, 1e-45, 1e-300])
 def test_the_smallest_top_p_keeps_the_best_token(top_p):
     logits = distinct_logits(4)
