@@ -3,10 +3,10 @@
     python -m benchmarks.engine WORKLOAD.json [--tokens WORKLOAD.tokens.json]
     python -m benchmarks.engine WORKLOAD.json --peer 'vllm=python run_vllm.py w1' --rounds 3
 
-A workload is {"name": ..., "requests": [{"prompt_token_ids": [...], "max_tokens": n}, ...]}; all requests arrive at once,
-are decoded greedily and ignore the end-of-sequence token. A peer is any command that prints a line
-`RESULT {"out_tok_s": ..., "peak_rss_mb": ..., "ttft_mean": ...}`; ours runs as such a command too, in turn with them, so
-that ratios are of one sitting.
+A workload is {"name": ..., "requests": [{"prompt_token_ids": [...], "max_tokens": n}, ...]}; all requests arrive at
+once, are decoded greedily and ignore the end-of-sequence token. A peer is any command that prints a line
+`RESULT {"out_tok_s": ..., "peak_rss_mb": ..., "ttft_mean": ...}`; ours runs as such a command too, in turn with them,
+so that ratios are of one sitting.
 """
 
 import argparse
@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--prefill-tile-size", type=int, default=16)
-    parser.add_argument("--num-blocks", type=int, default=1456, help="of the pool; 1456 of SmolLM2's are 1 GiB in float32")
+    parser.add_argument(
+        "--num-blocks", type=int, default=1456, help="of the pool; 1456 of SmolLM2's are 1 GiB in float32"
+    )
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--no-warmup", action="store_true", help="compile only what the workload needs")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
@@ -54,10 +56,16 @@ def measure(args: argparse.Namespace) -> dict:
     workload = json.loads(args.workload.read_text())
     start = time.perf_counter()
     engine = LLMEngine(
-        model=args.model, dtype=args.dtype, max_num_seqs=args.max_num_seqs, max_model_len=args.max_model_len,
-        max_num_batched_tokens=args.max_num_batched_tokens, prefill_tile_size=args.prefill_tile_size,
-        num_gpu_blocks_override=args.num_blocks, enable_prefix_caching=not args.no_prefix_caching,
-        warmup=not args.no_warmup)
+        model=args.model,
+        dtype=args.dtype,
+        max_num_seqs=args.max_num_seqs,
+        max_model_len=args.max_model_len,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        prefill_tile_size=args.prefill_tile_size,
+        num_gpu_blocks_override=args.num_blocks,
+        enable_prefix_caching=not args.no_prefix_caching,
+        warmup=not args.no_warmup,
+    )
     ready = time.perf_counter() - start
     rows = []
     for rep in range(args.reps + 1):
@@ -67,8 +75,13 @@ def measure(args: argparse.Namespace) -> dict:
         if rep:
             rows.append(row)
     result = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
-    result |= {"engine": "jpaged", "workload": workload["name"], "dtype": args.dtype, "ready_s": round(ready, 2),
-               "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
+    result |= {
+        "engine": "jpaged",
+        "workload": workload["name"],
+        "dtype": args.dtype,
+        "ready_s": round(ready, 2),
+        "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+    }
     if args.tokens:
         expected = json.loads(args.tokens.read_text())
         result["tokens_equal"] = f"{sum(a == b for a, b in zip(tokens, expected, strict=True))}/{len(expected)}"
@@ -82,8 +95,13 @@ def replay(engine, requests: list[dict]) -> tuple[dict, list[list[int]]]:
     engine.times.reset()
     start = time.perf_counter()
     for i, request in enumerate(requests):
-        params = SamplingParams(temperature=0, max_tokens=request["max_tokens"], ignore_eos=True, detokenize=False,
-                                output_kind=RequestOutputKind.FINAL_ONLY)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=request["max_tokens"],
+            ignore_eos=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
         engine.add_request(str(i), {"prompt_token_ids": request["prompt_token_ids"]}, params)
     outputs, waste = {}, []
     while engine.has_unfinished_requests():
@@ -113,8 +131,9 @@ def replay(engine, requests: list[dict]) -> tuple[dict, list[list[int]]]:
 def compare(args: argparse.Namespace) -> None:
     """Runs us and the peers in turn, each in a process of its own, and prints medians and ratios."""
     ours = [sys.executable, "-m", "benchmarks.engine", *without_peers(sys.argv[1:])]
-    commands = {"jpaged": ours} | {name: ["bash", "-c", command] for name, _, command in
-                                   (peer.partition("=") for peer in args.peer)}
+    commands = {"jpaged": ours} | {
+        name: ["bash", "-c", command] for name, _, command in (peer.partition("=") for peer in args.peer)
+    }
     results: dict[str, list[dict]] = {name: [] for name in commands}
     for _ in range(args.rounds):
         for name, command in commands.items():
@@ -125,12 +144,14 @@ def compare(args: argparse.Namespace) -> None:
                 continue
             results[name].append(json.loads(lines[-1].removeprefix("RESULT ")))
             print(f"{name}: {lines[-1]}", flush=True)
-    print(f"\n| engine | out tok/s | ours / theirs | mean TTFT s | peak RSS MB |\n|---|---|---|---|---|")
+    print("\n| engine | out tok/s | ours / theirs | mean TTFT s | peak RSS MB |\n|---|---|---|---|---|")
     rates = {name: statistics.median(r["out_tok_s"] for r in rows) for name, rows in results.items() if rows}
     for name, rate in rates.items():
         last = results[name][-1]
-        print(f"| {name} | {rate:.1f} | {rates['jpaged'] / rate:.2f} | {last.get('ttft_mean', float('nan')):.2f} | "
-              f"{last.get('peak_rss_mb', float('nan')):.0f} |")
+        print(
+            f"| {name} | {rate:.1f} | {rates['jpaged'] / rate:.2f} | {last.get('ttft_mean', float('nan')):.2f} | "
+            f"{last.get('peak_rss_mb', float('nan')):.0f} |"
+        )
 
 
 def without_peers(arguments: list[str]) -> list[str]:

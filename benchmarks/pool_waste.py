@@ -61,13 +61,32 @@ class Replay:
       max_len: prompts that are longer are left out, outputs are cut to it.
     """
 
-    def __init__(self, lengths: Iterator[tuple[int, int]], *, slots: int, block_size: int, max_num_seqs: int,
-                 max_num_batched_tokens: int, max_len: int, watermark: float) -> None:
-        self.blocks = BlockManager(slots // block_size + 1, block_size, max_num_seqs, -(-max_len // block_size),
-                                   watermark=watermark, enable_prefix_caching=False)
+    def __init__(
+        self,
+        lengths: Iterator[tuple[int, int]],
+        *,
+        slots: int,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_len: int,
+        watermark: float,
+    ) -> None:
+        self.blocks = BlockManager(
+            slots // block_size + 1,
+            block_size,
+            max_num_seqs,
+            -(-max_len // block_size),
+            watermark=watermark,
+            enable_prefix_caching=False,
+        )
         tiles = max_num_batched_tokens // TILE_SIZE
-        self.scheduler = Scheduler(self.blocks, make_buckets(max_num_seqs, tiles, TILE_SIZE), tile_size=TILE_SIZE,
-                                   max_num_batched_tokens=max_num_batched_tokens)
+        self.scheduler = Scheduler(
+            self.blocks,
+            make_buckets(max_num_seqs, tiles, TILE_SIZE),
+            tile_size=TILE_SIZE,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         fitting = ((p, min(o, max_len - p)) for p, o in lengths if 0 < p < max_len and o)
         self._groups = (make_group(i, p, o) for i, (p, o) in enumerate(fitting))
         self._in_flight: deque[StepPlan] = deque()
@@ -139,16 +158,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the results to this file")
     arguments = parser.parse_args()
     lengths = read_lengths(arguments.lengths)
-    result = measure(Replay(
-        iter(lengths[: arguments.requests or None]), slots=arguments.slots, block_size=arguments.block_size,
-        max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
-        max_len=arguments.max_len, watermark=arguments.watermark))
-    print(f"blocks of {result['block_size']}: {result['waste']:.2%} of the allocated slots hold no token "
-          f"({result['waste_with_reserved']:.2%} counting prompt chunks that are still to be computed)")
-    print(f"the saturated pool: {result['pool_written']:.1%} hold tokens, "
-          f"{result['pool_allocated']:.1%} are allocated; {result['mean_batch']:.1f} requests run together")
-    print(f"{result['saturated_steps']} steps of {result['requests']} requests, {result['preemptions']} preemptions, "
-          f"{result['computed_again']:.1%} of the tokens computed a second time")
+    result = measure(
+        Replay(
+            iter(lengths[: arguments.requests or None]),
+            slots=arguments.slots,
+            block_size=arguments.block_size,
+            max_num_seqs=arguments.max_num_seqs,
+            max_num_batched_tokens=arguments.max_num_batched_tokens,
+            max_len=arguments.max_len,
+            watermark=arguments.watermark,
+        )
+    )
+    print(
+        f"blocks of {result['block_size']}: {result['waste']:.2%} of the allocated slots hold no token "
+        f"({result['waste_with_reserved']:.2%} counting prompt chunks that are still to be computed)"
+    )
+    print(
+        f"the saturated pool: {result['pool_written']:.1%} hold tokens, "
+        f"{result['pool_allocated']:.1%} are allocated; {result['mean_batch']:.1f} requests run together"
+    )
+    print(
+        f"{result['saturated_steps']} steps of {result['requests']} requests, {result['preemptions']} preemptions, "
+        f"{result['computed_again']:.1%} of the tokens computed a second time"
+    )
     if arguments.json:
         arguments.json.write_text(json.dumps({"benchmark": "pool_waste", "results": result}, indent=2) + "\n")
 

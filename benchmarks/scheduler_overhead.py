@@ -41,16 +41,22 @@ class NullEngine:
         longest = PROMPT + BLOCK_SIZE + max_tokens
         blocks_per_row = -(-longest // BLOCK_SIZE)
         self.null_row = num_sequences
-        self.blocks = BlockManager(num_sequences * blocks_per_row * 11 // 10 + 2, BLOCK_SIZE, num_sequences,
-                                   blocks_per_row)
-        self.scheduler = Scheduler(self.blocks, make_buckets(num_sequences, 64, TILE_SIZE), tile_size=TILE_SIZE,
-                                   max_num_batched_tokens=num_sequences + 64 * TILE_SIZE)
+        self.blocks = BlockManager(
+            num_sequences * blocks_per_row * 11 // 10 + 2, BLOCK_SIZE, num_sequences, blocks_per_row
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            make_buckets(num_sequences, 64, TILE_SIZE),
+            tile_size=TILE_SIZE,
+            max_num_batched_tokens=num_sequences + 64 * TILE_SIZE,
+        )
         rng = np.random.default_rng(0)
         self.tokens = rng.integers(1000, 50_000, (num_sequences, 64))
         for i in range(num_sequences):
             prompt = rng.integers(1000, 50_000, PROMPT - BLOCK_SIZE // 2 + i % BLOCK_SIZE).tolist()
-            group = SequenceGroup(f"{i}", None, prompt, SamplingParams(max_tokens=max_tokens), i, (0, i),
-                                  RequestMetrics(arrival_time=0.0))
+            group = SequenceGroup(
+                f"{i}", None, prompt, SamplingParams(max_tokens=max_tokens), i, (0, i), RequestMetrics(arrival_time=0.0)
+            )
             group.sequences = [Sequence(group, 0, list(prompt), len(prompt) + max_tokens, frozenset({2}))]
             self.scheduler.add(group)
         self.in_flight: deque[tuple[StepPlan, np.ndarray]] = deque()
@@ -90,8 +96,13 @@ def measure(num_sequences: int, steps: int) -> dict[str, float]:
     engine.blocks.check_invariants()
     total = samples.sum(axis=1)
     median = float(np.median(total))
-    row = {"sequences": num_sequences, "median_us": median, "mean_us": float(total.mean()),
-           "p99_us": float(np.percentile(total, 99)), "us_per_sequence": median / num_sequences}
+    row = {
+        "sequences": num_sequences,
+        "median_us": median,
+        "mean_us": float(total.mean()),
+        "p99_us": float(np.percentile(total, 99)),
+        "us_per_sequence": median / num_sequences,
+    }
     parts = np.median(samples, axis=0).tolist()
     return row | {f"{name}_us": part for name, part in zip(PARTS, parts, strict=True)}
 

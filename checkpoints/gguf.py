@@ -122,8 +122,7 @@ class _Cursor:
 
     def corrupt(self, what: str) -> NoReturn:
         raise CorruptCheckpointError(
-            f"{self._path}: corrupt GGUF: {what} (at byte {self.position} of {self.size}); "
-            "download or convert it again"
+            f"{self._path}: corrupt GGUF: {what} (at byte {self.position} of {self.size}); download or convert it again"
         )
 
     def unsupported(self, what: str) -> NoReturn:
@@ -221,9 +220,7 @@ def _read_header(cursor: _Cursor) -> tuple[int, int]:
             cursor.unsupported("this GGUF is big-endian; convert it to little-endian (gguf-convert-endian)")
         cursor.unsupported(f"GGUF version {version} is not supported (2 and 3 are); convert the model again")
     # The smallest tensor record and the smallest entry: empty name, one dimension; empty key, one byte.
-    return cursor.count(8 + 4 + 8 + 4 + 8, "the number of tensors"), cursor.count(
-        8 + 4 + 1, "the number of entries"
-    )
+    return cursor.count(8 + 4 + 8 + 4 + 8, "the number of tensors"), cursor.count(8 + 4 + 1, "the number of entries")
 
 
 def _read_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
@@ -249,9 +246,7 @@ def _read_directory(cursor: _Cursor, count: int, metadata: dict[str, Any]) -> di
             cursor.corrupt(f"tensor {tensor.name!r} appears twice")
         if data_start + tensor.offset + tensor.nbytes > cursor.size:
             excess = data_start + tensor.offset + tensor.nbytes - cursor.size
-            cursor.corrupt(
-                f"tensor {tensor.name!r} ends {excess} bytes after the file, which seems truncated"
-            )
+            cursor.corrupt(f"tensor {tensor.name!r} ends {excess} bytes after the file, which seems truncated")
         tensors[tensor.name] = GGUFTensor(
             tensor.name, tensor.shape, tensor.type, data_start + tensor.offset, tensor.nbytes
         )

@@ -31,21 +31,16 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     arch = file.metadata.get("general.architecture")
     if not isinstance(arch, str) or arch not in SUPPORTED_ARCHITECTURES:
         raise UnsupportedCheckpointError(
-            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: "
-            f"{', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"{file.path}: GGUF architecture {arch!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     get = partial(_scalar, file, arch)
     if get("expert_count"):
-        raise UnsupportedCheckpointError(
-            f"{file.path}: mixture-of-experts models are not supported; use a dense one"
-        )
+        raise UnsupportedCheckpointError(f"{file.path}: mixture-of-experts models are not supported; use a dense one")
     heads, hidden = get("attention.head_count"), get("embedding_length")
     derived = hidden // heads if _positive(heads) and _positive(hidden) else None
     head_dim = get("attention.key_length", derived)
     if get("attention.value_length", head_dim) != head_dim:
-        raise UnsupportedCheckpointError(
-            f"{file.path}: keys and values of different widths are not supported"
-        )
+        raise UnsupportedCheckpointError(f"{file.path}: keys and values of different widths are not supported")
     embedding = file.tensors.get("token_embd.weight")
     return ModelConfig.from_hf(
         {
@@ -63,9 +58,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
             "tie_word_embeddings": "output.weight" not in file.tensors,
             "attention_bias": "blk.0.attn_q.bias" in file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-            "rope_parameters": _rope(
-                file, partial(_scalar, file, f"{arch}.rope"), get("context_length"), head_dim
-            ),
+            "rope_parameters": _rope(file, partial(_scalar, file, f"{arch}.rope"), get("context_length"), head_dim),
             "bos_token_id": _scalar(file, "tokenizer.ggml", "bos_token_id"),
             "eos_token_id": _end_tokens(file),
             "pad_token_id": _scalar(file, "tokenizer.ggml", "padding_token_id"),
@@ -108,9 +101,7 @@ def _tasks(file: GGUFFile, leaf: Leaf, array: NDArray) -> Iterator[Task]:
     raw = file.rows(tensor)
     if len(tensor.shape) == 1:
         if tensor.type.dtype is None:
-            raise UnsupportedCheckpointError(
-                f"{file.path}: {tensor.name!r} is a quantised vector ({tensor.type.name})"
-            )
+            raise UnsupportedCheckpointError(f"{file.path}: {tensor.name!r} is a quantised vector ({tensor.type.name})")
         raw, array = raw.reshape(tensor.shape[0], -1), array[:, None]
     order = half_rotation_order(leaf.rotary_heads, len(raw)) if leaf.rotary_heads else None
     if leaf.transposed:  # lanes = rows: as many as fill a tile with one block each

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LLAMA3 = (
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+_LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -50,9 +48,7 @@ def tokenizer_from_gguf(file: GGUFFile) -> "PreTrainedTokenizerFast":
         raise source.corrupt(f"the tokenizer cannot be built ({error})") from error
 
 
-def _build(
-    source: "_Source", make: "Callable[[_Source], tuple[Tokenizer, bool]]"
-) -> "PreTrainedTokenizerFast":
+def _build(source: "_Source", make: "Callable[[_Source], tuple[Tokenizer, bool]]") -> "PreTrainedTokenizerFast":
     backend, add_bos_default = make(source)
     _add_special_tokens(source, backend)
     bos = source.token("bos")
@@ -90,9 +86,7 @@ class _Source:
         self.types = self._types()
 
     def corrupt(self, what: str) -> CorruptCheckpointError:
-        return CorruptCheckpointError(
-            f"{self.path}: {what}; pass tokenizer= a Hugging Face tokenizer folder instead"
-        )
+        return CorruptCheckpointError(f"{self.path}: {what}; pass tokenizer= a Hugging Face tokenizer folder instead")
 
     def strings(self, key: str) -> list[str]:
         value = self.meta.get(f"tokenizer.ggml.{key}")
@@ -185,9 +179,7 @@ def _sentence_piece(source: _Source) -> tuple["Tokenizer", bool]:
     return backend, True
 
 
-def _merges_by_score(
-    source: _Source, vocabulary: dict[str, int], scores: list[float]
-) -> list[tuple[str, str]]:
+def _merges_by_score(source: _Source, vocabulary: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
     merges: list[tuple[float, int, int, str, str]] = []
     for token, kind, score in zip(source.tokens, source.types, scores, strict=True):
         if kind not in (_UNKNOWN, _CONTROL, _BYTE) and len(token) <= 256:

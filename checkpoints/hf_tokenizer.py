@@ -52,6 +52,4 @@ def tokenizer_from_folder(folder: Path) -> "PreTrainedTokenizerBase":
     try:
         return tokenizer_class.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # tokenizers and transformers raise bare Exceptions for malformed files
-        raise CorruptCheckpointError(
-            f"{folder}: the tokenizer cannot be read ({error}); download it again"
-        ) from error
+        raise CorruptCheckpointError(f"{folder}: the tokenizer cannot be read ({error}); download it again") from error

@@ -72,9 +72,7 @@ def params_from_folder(
         file = SafetensorsFile(path)
         for name, tensor in file.tensors.items():
             if name in where:
-                raise CorruptCheckpointError(
-                    f"{path}: tensor {name!r} is in another file of the checkpoint, too"
-                )
+                raise CorruptCheckpointError(f"{path}: tensor {name!r} is in another file of the checkpoint, too")
             where[name] = (file, tensor)
     check_tensors(
         str(folder),
@@ -94,9 +92,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise CorruptCheckpointError(f"{path}: not valid JSON ({error}); download it again") from error
     if not isinstance(value, dict):
-        raise CorruptCheckpointError(
-            f"{path}: expected a JSON object, found {type(value).__name__}; download it again"
-        )
+        raise CorruptCheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}; download it again")
     return value
 
 
@@ -106,14 +102,10 @@ def _weight_files(folder: Path) -> list[Path]:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         names = list(dict.fromkeys(weight_map.values())) if isinstance(weight_map, dict) else []
         if not names or not all(_plain_name(name) for name in names):
-            raise CorruptCheckpointError(
-                f"{folder / _INDEX}: weight_map must map tensors to files of this folder"
-            )
+            raise CorruptCheckpointError(f"{folder / _INDEX}: weight_map must map tensors to files of this folder")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise CheckpointNotFoundError(
-                f"{folder}: shards are missing, download them: {', '.join(sorted(absent))}"
-            )
+            raise CheckpointNotFoundError(f"{folder}: shards are missing, download them: {', '.join(sorted(absent))}")
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
@@ -131,9 +123,7 @@ def _no_weights(folder: Path) -> Exception:
             f"{folder}: {pickles[0]} is a pickle, which can run code when it is read, so jpaged never does; "
             "download the model's safetensors or convert it (https://huggingface.co/spaces/safetensors/convert)"
         )
-    return CheckpointNotFoundError(
-        f"{folder}: there is neither model.safetensors nor {_INDEX}; download the weights"
-    )
+    return CheckpointNotFoundError(f"{folder}: there is neither model.safetensors nor {_INDEX}; download the weights")
 
 
 def _what_else(folder: Path) -> str:

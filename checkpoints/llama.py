@@ -56,9 +56,7 @@ class Leaf:
 def leaves(config: ModelConfig) -> Iterator[Leaf]:
     """Every parameter that a model of this configuration has, in order of use."""
     hidden, vocab = config.hidden_size, config.vocab_size
-    yield Leaf(
-        ("embed_tokens", "embedding"), (vocab, hidden), "model.embed_tokens.weight", "token_embd.weight"
-    )
+    yield Leaf(("embed_tokens", "embedding"), (vocab, hidden), "model.embed_tokens.weight", "token_embd.weight")
     for index in range(config.num_hidden_layers):
         yield from _layer(config, index)
     yield Leaf(("norm", "scale"), (hidden,), "model.norm.weight", "output_norm.weight")
@@ -100,9 +98,7 @@ def _norm(index: int, module: str, gguf: str, hidden: int) -> Leaf:
     )
 
 
-def _projections(
-    index: int, block: str, rows: Iterable[tuple[str, str, int, int, int]], bias: bool
-) -> Iterator[Leaf]:
+def _projections(index: int, block: str, rows: Iterable[tuple[str, str, int, int, int]], bias: bool) -> Iterator[Leaf]:
     for module, gguf, fan_in, fan_out, rotary_heads in rows:
         path = (f"layers_{index}", block, module)
         hf, ggml = f"model.layers.{index}.{block}.{module}", f"blk.{index}.{gguf}"
@@ -130,9 +126,7 @@ def read_params(
     """
     wanted = list(leaves(config))
     arrays = aligned_arrays((leaf.shape for leaf in wanted), dtype)
-    run_tasks(
-        [task for leaf, array in zip(wanted, arrays, strict=True) for task in tasks_of(leaf, array)], progress
-    )
+    run_tasks([task for leaf, array in zip(wanted, arrays, strict=True) for task in tasks_of(leaf, array)], progress)
     params: dict[str, Any] = {}
     for leaf, array in zip(wanted, arrays, strict=True):
         array.flags.writeable = False
@@ -143,16 +137,12 @@ def read_params(
     return params
 
 
-def check_tensors(
-    source: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]
-) -> None:
+def check_tensors(source: str, expected: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
     """Compares names and shapes; raises `MissingWeightsError` with every difference."""
     missing = [name for name in expected if name not in found]
     surplus = [name for name in found if name not in expected]
     misshapen = [
-        (name, shape, found[name])
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
+        (name, shape, found[name]) for name, shape in expected.items() if name in found and found[name] != shape
     ]
     if missing or surplus or misshapen:
         raise MissingWeightsError(source, missing=missing, surplus=surplus, misshapen=misshapen)

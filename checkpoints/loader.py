@@ -124,9 +124,7 @@ def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
     path = Path(text).expanduser()
     local = text != "" and os.path.exists(path)  # unlike Path.exists, also False for names that are too long
     if revision is not None and (local or text in SHORT_NAMES):
-        raise CheckpointError(
-            f"revision={revision!r} only means something for hub ids, and {text!r} is local"
-        )
+        raise CheckpointError(f"revision={revision!r} only means something for hub ids, and {text!r} is local")
     if text in SHORT_NAMES:
         return _find_packaged(text)
     if local:
@@ -164,9 +162,7 @@ def _open_gguf(path: Path) -> _Opened:
         "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
-    return _Opened(
-        config, generation, partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config)
-    )
+    return _Opened(config, generation, partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config))
 
 
 def _open_folder(path: Path) -> _Opened:

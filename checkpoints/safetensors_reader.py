@@ -69,17 +69,13 @@ class SafetensorsFile:
         self.path = Path(path)
         with open(self.path, "rb") as file:
             if os.fstat(file.fileno()).st_size < 10:
-                raise CorruptCheckpointError(
-                    f"{self.path}: too short for a safetensors file; download it again"
-                )
+                raise CorruptCheckpointError(f"{self.path}: too short for a safetensors file; download it again")
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         try:
             with safe_open(self.path, framework="np"):
                 pass
         except SafetensorError as error:
-            raise CorruptCheckpointError(
-                f"{self.path}: corrupt safetensors ({error}); download it again"
-            ) from error
+            raise CorruptCheckpointError(f"{self.path}: corrupt safetensors ({error}); download it again") from error
         (header_bytes,) = struct.unpack("<Q", self._map[:8])
         header = json.loads(self._map[8 : 8 + header_bytes])
         header.pop("__metadata__", None)

@@ -52,15 +52,26 @@ class EngineConfig:
     """Where compiled steps are kept between starts; None: the user's cache folder; "": nowhere."""
 
     def __post_init__(self) -> None:
-        self._at_least(1, "block_size", "prefill_tile_size", "max_model_len", "max_num_seqs",
-                       "max_num_batched_tokens", "kv_cache_memory_bytes")
+        self._at_least(
+            1,
+            "block_size",
+            "prefill_tile_size",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "kv_cache_memory_bytes",
+        )
         self._at_least(2, "num_gpu_blocks_override")
         for name, low, high in (("gpu_memory_utilization", 0.0, 1.0), ("watermark", -1e-9, 0.5)):
             if not low < getattr(self, name) <= high:
-                raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be above {max(low, 0):g} and at most {high:g}.")
+                raise InvalidConfigError(
+                    f"{name}={getattr(self, name)!r} must be above {max(low, 0):g} and at most {high:g}."
+                )
         if self.max_num_batched_tokens is not None and self.max_num_batched_tokens < self.prefill_tile_size:
-            raise InvalidConfigError(f"max_num_batched_tokens={self.max_num_batched_tokens} is below "
-                                     f"prefill_tile_size={self.prefill_tile_size}: no prompt could be computed.")
+            raise InvalidConfigError(
+                f"max_num_batched_tokens={self.max_num_batched_tokens} is below "
+                f"prefill_tile_size={self.prefill_tile_size}: no prompt could be computed."
+            )
         for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("scheduling_policy", ("fcfs", "priority"))):
             if getattr(self, name) not in allowed:
                 raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")

@@ -1,8 +1,8 @@
 """LLMEngine: add_request -> schedule -> launch -> read -> commit -> outputs.
 
-    step():   plan = scheduler.schedule()            host, while the device computes the step before
-              launched = runner.launch(plan)         goes onto the device's queue
-              outputs = read and commit the step before
+step():   plan = scheduler.schedule()            host, while the device computes the step before
+          launched = runner.launch(plan)         goes onto the device's queue
+          outputs = read and commit the step before
 """
 
 import collections
@@ -47,7 +47,9 @@ class LLMEngine:
       components: what `jpaged.startup.build` makes of the config; None: it is called here.
     """
 
-    def __init__(self, config: EngineConfig | None = None, *, components: Components | None = None, **arguments) -> None:
+    def __init__(
+        self, config: EngineConfig | None = None, *, components: Components | None = None, **arguments
+    ) -> None:
         self.config = config or EngineConfig(**arguments)
         parts = components or build(self.config)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
@@ -64,8 +66,9 @@ class LLMEngine:
 
     # ---------------------------------------------------------------------------------------------- requests
 
-    def add_request(self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *,
-                    priority: int = 0) -> None:
+    def add_request(
+        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> None:
         """Queues a request.
 
         Args:
@@ -89,12 +92,22 @@ class LLMEngine:
         self._check_params(params)
         arrival = next(self._arrivals)
         seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
-        group = SequenceGroup(request_id, text, tokens, params, seed & _SEED_MASK, (priority, arrival),
-                              RequestMetrics(arrival_time=time.monotonic()), salt)
+        group = SequenceGroup(
+            request_id,
+            text,
+            tokens,
+            params,
+            seed & _SEED_MASK,
+            (priority, arrival),
+            RequestMetrics(arrival_time=time.monotonic()),
+            salt,
+        )
         wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        group.sequences = [Sequence(group, i, list(tokens), min(wanted, self.max_model_len),
-                                    eos | frozenset(params.stop_token_ids)) for i in range(params.n)]
+        group.sequences = [
+            Sequence(group, i, list(tokens), min(wanted, self.max_model_len), eos | frozenset(params.stop_token_ids))
+            for i in range(params.n)
+        ]
         self.scheduler.add(group)
         self._groups[request_id] = group
 
@@ -131,7 +144,9 @@ class LLMEngine:
             outputs = self._step()
         except Exception as error:
             self._failure = error
-            raise EngineDeadError(f"a step failed and the engine can't go on: {type(error).__name__}: {error}") from error
+            raise EngineDeadError(
+                f"a step failed and the engine can't go on: {type(error).__name__}: {error}"
+            ) from error
         outputs += [self._outputs.output(group) for group in self._aborted]
         self._aborted = []
         self.times.host += time.perf_counter() - start - (self.times.wait - waited)
@@ -181,11 +196,14 @@ class LLMEngine:
     def _check_prompt(self, tokens: list[int]) -> None:
         vocab = self.model_config.vocab_size
         if not tokens:
-            raise InvalidRequestError("the prompt is empty: there is nothing to continue from. Pass at least one token.")
+            raise InvalidRequestError(
+                "the prompt is empty: there is nothing to continue from. Pass at least one token."
+            )
         if len(tokens) >= self.max_model_len:
             raise InvalidRequestError(
                 f"the prompt has {len(tokens)} tokens, and with max_model_len={self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer: shorten it or raise max_model_len.")
+                f"{self.max_model_len - 1} leave room for an answer: shorten it or raise max_model_len."
+            )
         for token in tokens:
             if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
                 raise InvalidRequestError(f"token id {token!r} lies outside the vocabulary [0, {vocab}).")
@@ -205,7 +223,9 @@ class LLMEngine:
         if params.allowed_token_ids is not None:
             left = set(params.allowed_token_ids) - {w[0] for w in words if len(w) == 1}
             if not left - (stops if params.min_tokens else set()):
-                raise InvalidRequestError("allowed_token_ids, bad_words and min_tokens together leave no token to generate.")
+                raise InvalidRequestError(
+                    "allowed_token_ids, bad_words and min_tokens together leave no token to generate."
+                )
 
     def _bad_words(self, params: SamplingParams) -> list[list[int]]:
         """The token sequences of the request's bad words, each with and without a leading space."""
@@ -214,8 +234,10 @@ class LLMEngine:
             for text in dict.fromkeys((word, " " + word.lstrip())):
                 tokens = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
                 if len(tokens) > MAX_BAD_WORD_TOKENS:
-                    raise InvalidRequestError(f"bad word {word!r} is {len(tokens)} tokens long; at most "
-                                              f"{MAX_BAD_WORD_TOKENS} are watched for.")
+                    raise InvalidRequestError(
+                        f"bad word {word!r} is {len(tokens)} tokens long; at most "
+                        f"{MAX_BAD_WORD_TOKENS} are watched for."
+                    )
                 if tokens:
                     sequences.append(tokens)
         return sequences[:MAX_BAD_SEQUENCES]

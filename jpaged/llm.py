@@ -65,7 +65,9 @@ class LLM:
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or SamplingParams()] * len(many)
         if len(sampling_params) != len(many) or (priority is not None and len(priority) != len(many)):
-            raise InvalidRequestError(f"{len(many)} prompts need as many sampling_params and priorities, or one for all.")
+            raise InvalidRequestError(
+                f"{len(many)} prompts need as many sampling_params and priorities, or one for all."
+            )
         ids: list[str] = []
         try:
             for i, (prompt, params) in enumerate(zip(many, sampling_params, strict=True)):
@@ -99,8 +101,12 @@ class LLM:
         tokenizer = self.engine.tokenizer
         prompts: list[Prompt] = []
         for chat in chats:
-            text = render_chat(chat, tokenizer, continue_final_message=continue_final_message,
-                               add_generation_prompt=add_generation_prompt and not continue_final_message)
+            text = render_chat(
+                chat,
+                tokenizer,
+                continue_final_message=continue_final_message,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+            )
             tokens = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
             prompts.append({"prompt": text, "prompt_token_ids": tokens})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)

@@ -41,8 +41,9 @@ class OutputProcessor:
         self._stop = stop
         self._shown: dict[Sequence, _Shown] = {}
 
-    def process(self, plan: StepPlan, received: list[Sequence], results: np.ndarray,
-                prompt_scores: np.ndarray | None) -> list[RequestOutput]:
+    def process(
+        self, plan: StepPlan, received: list[Sequence], results: np.ndarray, prompt_scores: np.ndarray | None
+    ) -> list[RequestOutput]:
         """The outputs that one step's results give rise to.
 
         Args:
@@ -75,9 +76,15 @@ class OutputProcessor:
             for sequence in group.sequences:
                 self._shown.pop(sequence, None)
         return RequestOutput(
-            request_id=group.request_id, prompt=group.prompt, prompt_token_ids=group.prompt_token_ids,
-            prompt_logprobs=group.prompt_logprobs, outputs=outputs, finished=group.finished, metrics=group.metrics,
-            num_cached_tokens=group.num_cached_tokens)
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=group.prompt_token_ids,
+            prompt_logprobs=group.prompt_logprobs,
+            outputs=outputs,
+            finished=group.finished,
+            metrics=group.metrics,
+            num_cached_tokens=group.num_cached_tokens,
+        )
 
     def _completion(self, sequence: Sequence) -> CompletionOutput:
         params, shown = sequence.group.params, self._state(sequence)
@@ -89,11 +96,14 @@ class OutputProcessor:
             logprobs = None if logprobs is None else logprobs[shown.num_tokens :]
             shown.num_chars, shown.num_tokens = text_end, tokens_end
         return CompletionOutput(
-            index=sequence.index, text=text, token_ids=tokens,
+            index=sequence.index,
+            text=text,
+            token_ids=tokens,
             cumulative_logprob=None if params.logprobs is None else sequence.cumulative_logprob,
             logprobs=None if logprobs is None else list(logprobs),
             finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
-            stop_reason=sequence.stop_reason)
+            stop_reason=sequence.stop_reason,
+        )
 
     # -------------------------------------------------------------------------------------------------- text
 
@@ -183,4 +193,8 @@ class OutputProcessor:
         return at
 
     def _decode(self, token: int) -> str | None:
-        return None if self._tokenizer is None else self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
+        return (
+            None
+            if self._tokenizer is None
+            else self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
+        )

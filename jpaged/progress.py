@@ -16,8 +16,16 @@ class Progress:
 
     def __init__(self, label: str, total: int | None = None, unit: str = "it", disable: bool | None = None) -> None:
         hidden = not sys.stderr.isatty() if disable is None else disable
-        self._bar = tqdm(total=total, desc=label, unit=unit, unit_scale=unit == "B", unit_divisor=1024,
-                         disable=hidden, leave=True, dynamic_ncols=True)
+        self._bar = tqdm(
+            total=total,
+            desc=label,
+            unit=unit,
+            unit_scale=unit == "B",
+            unit_divisor=1024,
+            disable=hidden,
+            leave=True,
+            dynamic_ncols=True,
+        )
 
     def __enter__(self) -> "Progress":
         return self

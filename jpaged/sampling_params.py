@@ -100,12 +100,16 @@ class SamplingParams:
         if self.use_beam_search:
             raise UnsupportedFeatureError("use_beam_search is not offered yet; use n and temperature instead.")
         if self.best_of not in (None, self.n):
-            raise UnsupportedFeatureError("best_of is not offered yet; ask for n samples and rank them by "
-                                          "cumulative_logprob (logprobs=0).")
+            raise UnsupportedFeatureError(
+                "best_of is not offered yet; ask for n samples and rank them by cumulative_logprob (logprobs=0)."
+            )
         if self.structured_outputs is not None:
             raise UnsupportedFeatureError("structured_outputs is not offered yet; see allowed_token_ids.")
         self._check_numbers()
         self._check_lists()
+        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise InvalidRequestError(f"{name} must be True or False, not {getattr(self, name)!r}.")
 
     @property
     def greedy(self) -> bool:
@@ -130,8 +134,12 @@ class SamplingParams:
         self._real("min_p", 0.0, 1.0)
         self._integer("top_k", -1, 1 << 30)
         self._integer("min_tokens", 0, MAX_TOKENS)
-        for name, low, high in (("seed", -(1 << 63), (1 << 64) - 1), ("max_tokens", 1, MAX_TOKENS),
-                                ("logprobs", 0, MAX_LOGPROBS), ("prompt_logprobs", 0, MAX_LOGPROBS)):
+        for name, low, high in (
+            ("seed", -(1 << 63), (1 << 64) - 1),
+            ("max_tokens", 1, MAX_TOKENS),
+            ("logprobs", 0, MAX_LOGPROBS),
+            ("prompt_logprobs", 0, MAX_LOGPROBS),
+        ):
             if getattr(self, name) is not None:
                 self._integer(name, low, high)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -146,7 +154,9 @@ class SamplingParams:
         if self.allowed_token_ids is not None:
             self._token_ids("allowed_token_ids", MAX_ALLOWED_TOKEN_IDS)
             if not self.allowed_token_ids:
-                raise InvalidRequestError("allowed_token_ids is empty: no token could be generated. Use None to allow all.")
+                raise InvalidRequestError(
+                    "allowed_token_ids is empty: no token could be generated. Use None to allow all."
+                )
         if self.logit_bias is not None:
             bias = self.logit_bias
             if not isinstance(bias, dict) or len(bias) > MAX_LOGIT_BIAS:
@@ -178,8 +188,10 @@ class SamplingParams:
         if not isinstance(value, Iterable):
             raise InvalidRequestError(f"{name} must be a string or a list of strings, not {value!r}.")
         value = tuple(value)
-        if len(value) > most or not all(isinstance(s, str) and 0 < len(s) <= MAX_STRING for s in value):
-            raise InvalidRequestError(f"{name} takes at most {most} non-empty strings of at most {MAX_STRING} characters.")
+        if len(value) > most or not all(_is_text(s) and len(s) <= MAX_STRING for s in value):
+            raise InvalidRequestError(
+                f"{name} takes at most {most} non-empty strings of at most {MAX_STRING} characters."
+            )
         self._set(name, value)
 
     def _token_ids(self, name: str, most: int) -> None:
@@ -198,4 +210,14 @@ def _is_integer(value) -> bool:
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+def _is_text(value) -> bool:
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:  # a lone surrogate
+        return False

@@ -1,9 +1,9 @@
 """Sequence and SequenceGroup: what a request is while the engine works on it.
 
-                    add                    admit (a row, blocks)            stop, length, abort
-    RequestOutput <------ WAITING ----------------------------> RUNNING ------------------------> FINISHED
-                             ^                                     |                                  ^
-                             +------------- preempt ---------------+          abort in any state -----+
+                add                    admit (a row, blocks)            stop, length, abort
+RequestOutput <------ WAITING ----------------------------> RUNNING ------------------------> FINISHED
+                         ^                                     |                                  ^
+                         +------------- preempt ---------------+          abort in any state -----+
 """
 
 import dataclasses

@@ -1,6 +1,6 @@
 """From an `EngineConfig` to the parts of an engine: load, size the memory, compile.
 
-    checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
+checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
 """
 
 import dataclasses
@@ -75,29 +75,56 @@ def build(config: EngineConfig) -> Components:
         keep_freed_memory()
     dtype = _dtype(config)
     with Progress("loading weights", unit="B") as progress:
-        checkpoint = checkpoints.load(config.model, dtype=dtype.name, revision=config.revision,
-                                      tokenizer=config.tokenizer, progress=progress.weights)
+        checkpoint = checkpoints.load(
+            config.model,
+            dtype=dtype.name,
+            revision=config.revision,
+            tokenizer=config.tokenizer,
+            progress=progress.weights,
+        )
     limits = resolve_limits(config, checkpoint.config, dtype)
     params = jax.device_put(checkpoint.params)
     runner = Runner(
-        build_model(checkpoint.config, dtype), params, checkpoint.config,
-        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size), max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len, tile_size=config.prefill_tile_size)
+        build_model(checkpoint.config, dtype),
+        params,
+        checkpoint.config,
+        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size),
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        tile_size=config.prefill_tile_size,
+    )
     num_blocks = _num_blocks(config, limits, runner)
     runner.allocate(num_blocks)
     blocks = BlockManager(
-        num_blocks, config.block_size, limits.max_num_seqs, -(-limits.max_model_len // config.block_size),
-        watermark=config.watermark, enable_prefix_caching=config.enable_prefix_caching)
-    scheduler = Scheduler(blocks, limits.buckets, tile_size=config.prefill_tile_size,
-                          max_num_batched_tokens=limits.max_num_batched_tokens)
-    log.info("KV cache: %d blocks of %d tokens, %.0f MiB; %d step shapes", num_blocks, config.block_size,
-             runner.spec.num_bytes / 2**20, len(limits.buckets))
+        num_blocks,
+        config.block_size,
+        limits.max_num_seqs,
+        -(-limits.max_model_len // config.block_size),
+        watermark=config.watermark,
+        enable_prefix_caching=config.enable_prefix_caching,
+    )
+    scheduler = Scheduler(
+        blocks, limits.buckets, tile_size=config.prefill_tile_size, max_num_batched_tokens=limits.max_num_batched_tokens
+    )
+    log.info(
+        "KV cache: %d blocks of %d tokens, %.0f MiB; %d step shapes",
+        num_blocks,
+        config.block_size,
+        runner.spec.num_bytes / 2**20,
+        len(limits.buckets),
+    )
     if config.warmup:
         warm_up(runner, limits.buckets)
     return Components(
-        model_config=checkpoint.config, tokenizer=checkpoint.tokenizer,
-        generation_config=checkpoint.generation_config, eos_token_ids=frozenset(checkpoint.config.eos_token_ids),
-        max_model_len=limits.max_model_len, blocks=blocks, scheduler=scheduler, runner=runner)
+        model_config=checkpoint.config,
+        tokenizer=checkpoint.tokenizer,
+        generation_config=checkpoint.generation_config,
+        eos_token_ids=frozenset(checkpoint.config.eos_token_ids),
+        max_model_len=limits.max_model_len,
+        blocks=blocks,
+        scheduler=scheduler,
+        runner=runner,
+    )
 
 
 def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> Limits:
@@ -106,16 +133,23 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
     longest = max_trained_length(model)
     max_model_len = config.max_model_len or min(longest, _DEFAULT_MODEL_LEN)
     if max_model_len > longest:
-        raise InvalidConfigError(f"max_model_len={max_model_len} is beyond the {longest} tokens that the model was "
-                                 "trained for: positions past them are meaningless.")
+        raise InvalidConfigError(
+            f"max_model_len={max_model_len} is beyond the {longest} tokens that the model was "
+            "trained for: positions past them are meaningless."
+        )
     seqs = config.max_num_seqs or (64 if on_cpu else 256)
     tile = config.prefill_tile_size
     batched = config.max_num_batched_tokens or (512 + seqs if on_cpu else 2048 + seqs)
     # The prefill lane takes what the longest decode lane leaves, and one tile at least.
     tiles = max(1, min(batched - seqs, -(-max_model_len // tile) * tile * seqs) // tile)
     batched = max(batched, tiles * tile + seqs)
-    return Limits(dtype=dtype, max_model_len=max_model_len, max_num_seqs=seqs, max_num_batched_tokens=batched,
-                  buckets=make_buckets(seqs, tiles, tile))
+    return Limits(
+        dtype=dtype,
+        max_model_len=max_model_len,
+        max_num_seqs=seqs,
+        max_num_batched_tokens=batched,
+        buckets=make_buckets(seqs, tiles, tile),
+    )
 
 
 def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:

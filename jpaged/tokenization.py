@@ -53,11 +53,17 @@ def encode_prompt(prompt: Prompt, tokenizer: "Tokenizer | None") -> tuple[str | 
             return text, _encode(text, tokenizer), salt
     raise InvalidRequestError(
         'a prompt is a string, a chat (a list of {"role": ..., "content": ...}), {"prompt": "..."} or '
-        f'{{"prompt_token_ids": [...]}}, not {type(prompt).__name__}.')
+        f'{{"prompt_token_ids": [...]}}, not {type(prompt).__name__}.'
+    )
 
 
-def render_chat(messages: Chat, tokenizer: "Tokenizer | None", *, add_generation_prompt: bool = True,
-                continue_final_message: bool = False) -> str:
+def render_chat(
+    messages: Chat,
+    tokenizer: "Tokenizer | None",
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+) -> str:
     """The text of a chat by the model's own template.
 
     Raises:
@@ -72,8 +78,14 @@ def render_chat(messages: Chat, tokenizer: "Tokenizer | None", *, add_generation
     import jinja2  # what transformers renders templates with, sandboxed
 
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt,
-                                                 continue_final_message=continue_final_message))
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        )
     except (jinja2.TemplateError, ValueError) as error:
         raise InvalidRequestError(f"the chat template does not take these messages: {error}") from error
 

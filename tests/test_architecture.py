@@ -33,7 +33,11 @@ def imports(path: Path) -> Iterator[str]:
 
 
 def offenders(under: str, allowed) -> dict[str, list[str]]:
-    found = {str(p): sorted({name for name in imports(p) if not allowed(name)}) for p in FILES if module_of(p).startswith(under)}
+    found = {
+        str(p): sorted({name for name in imports(p) if not allowed(name)})
+        for p in FILES
+        if module_of(p).startswith(under)
+    }
     assert found, f"nothing lies under {under}"
     return {path: names for path, names in found.items() if names}
 
@@ -44,25 +48,38 @@ def inside(name: str, *packages: str) -> bool:
 
 def test_the_walk_sees_what_is_imported():
     """The other tests say nothing if this one is wrong."""
-    assert {"jpaged.memory.BlockManager", "jpaged.scheduling.plan.Bucket", "heapq", "numpy"} <= set(imports(Path("jpaged/scheduling/scheduler.py")))
+    assert {"jpaged.memory.BlockManager", "jpaged.scheduling.plan.Bucket", "heapq", "numpy"} <= set(
+        imports(Path("jpaged/scheduling/scheduler.py"))
+    )
     assert "tokenizers.decoders.DecodeStream" in set(imports(Path("jpaged/tokenization.py"))), "also inside functions"
 
 
 def test_kernels_import_only_jax():
     def allowed(name):
-        return inside(name, "jax", "jaxlib", "jax_triton", "numpy", "pallas_kernels") or name.split(".")[0] in sys.stdlib_module_names
+        return (
+            inside(name, "jax", "jaxlib", "jax_triton", "numpy", "pallas_kernels")
+            or name.split(".")[0] in sys.stdlib_module_names
+        )
 
     assert offenders("pallas_kernels", allowed) == {}
 
 
 def test_checkpoints_know_the_models_configuration_and_nothing_else_of_the_engine():
-    assert offenders("checkpoints", lambda name: not inside(name, "jpaged") or inside(name, "jpaged.models.config")) == {}
+    assert (
+        offenders("checkpoints", lambda name: not inside(name, "jpaged") or inside(name, "jpaged.models.config")) == {}
+    )
     assert offenders("checkpoints", lambda name: not inside(name, "pallas_kernels")) == {}
 
 
 @pytest.mark.parametrize("room", ["jpaged.memory", "jpaged.scheduling"])
 def test_the_host_side_names_no_jax_and_no_device_code(room):
-    assert offenders(room, lambda name: not inside(name, "jax", "jaxlib", "flax", "pallas_kernels", "jpaged.runtime", "jpaged.models")) == {}
+    assert (
+        offenders(
+            room,
+            lambda name: not inside(name, "jax", "jaxlib", "flax", "pallas_kernels", "jpaged.runtime", "jpaged.models"),
+        )
+        == {}
+    )
 
 
 def test_memory_does_not_know_the_scheduler():
@@ -74,7 +91,9 @@ def test_models_never_see_the_scheduler_or_the_engine():
     assert offenders("jpaged.models", lambda name: not inside(name, "jpaged") or inside(name, *allowed_of_jpaged)) == {}
 
 
-@pytest.mark.parametrize("module", ["jpaged", "jpaged.memory", "jpaged.scheduling", "jpaged.sampling_params", "jpaged.models.config"])
+@pytest.mark.parametrize(
+    "module", ["jpaged", "jpaged.memory", "jpaged.scheduling", "jpaged.sampling_params", "jpaged.models.config"]
+)
 def test_what_needs_no_jax_does_not_load_it(module):
     """Whatever it imports, and whatever that imports."""
     code = f"import {module}, sys; print([m for m in ('jax', 'jaxlib', 'flax', 'transformers', 'torch') if m in sys.modules])"
@@ -94,7 +113,9 @@ def test_no_product_code_unpickles_evaluates_or_asserts(path):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id not in FORBIDDEN_CALLS, f"line {node.lineno}"
         if isinstance(node, ast.keyword):
-            assert node.arg not in ("allow_pickle", "trust_remote_code") or is_false(node.value), f"line {node.value.lineno}"
+            assert node.arg not in ("allow_pickle", "trust_remote_code") or is_false(node.value), (
+                f"line {node.value.lineno}"
+            )
 
 
 def is_false(node: ast.expr) -> bool:

@@ -26,33 +26,38 @@ def test_every_form_of_a_prompt(smollm2_tokenizer):
     assert salt == ""
 
 
-@pytest.mark.parametrize("tokens", [np.array([1, 2]), np.array([1, 2], np.int32), (1, 2), range(1, 3), [np.int64(1), 2]])
+@pytest.mark.parametrize(
+    "tokens", [np.array([1, 2]), np.array([1, 2], np.int32), (1, 2), range(1, 3), [np.int64(1), 2]]
+)
 def test_token_ids_may_be_numpys(tokens):
     found = encode_prompt({"prompt_token_ids": tokens}, None)[1]
     assert found == [1, 2]
     assert {type(t) for t in found} == {int}
 
 
-@pytest.mark.parametrize(("prompt", "message"), [
-    (5, "a prompt is a string"),
-    (None, "a prompt is a string"),
-    ([], "a prompt is a string"),
-    ([1, 2, 3], "a prompt is a string"),
-    ({}, "a prompt is a string"),
-    ({"prompt": 5}, "a prompt is a string"),
-    ({"prompt": 5, "prompt_token_ids": [1]}, "a prompt is a string"),
-    ({"prompt_token_ids": 5}, "prompt_token_ids must be a list"),
-    ({"prompt_token_ids": None}, "prompt_token_ids must be a list"),
-    ({"prompt_token_ids": "12"}, "prompt_token_ids must be a list"),
-    ({"prompt_token_ids": [1], "cache_salt": 5}, "cache_salt"),
-    ({"prompt_token_ids": [1], "cache_salt": "x" * 1025}, "cache_salt"),
-    ({"prompt_token_ids": [1], "cache_salt": "\ud800"}, "cache_salt"),
-    ("lone \ud800 surrogate", "not valid Unicode"),
-    ([{"role": "user", "content": "lone \udfff surrogate"}], "not valid Unicode"),
-    ([{"role": "user"}], "'content'"),
-    ([{"role": 1, "content": "x"}], "'role'"),
-    ([{"role": "user", "content": ["x"]}], "'content'"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (5, "a prompt is a string"),
+        (None, "a prompt is a string"),
+        ([], "a prompt is a string"),
+        ([1, 2, 3], "a prompt is a string"),
+        ({}, "a prompt is a string"),
+        ({"prompt": 5}, "a prompt is a string"),
+        ({"prompt": 5, "prompt_token_ids": [1]}, "a prompt is a string"),
+        ({"prompt_token_ids": 5}, "prompt_token_ids must be a list"),
+        ({"prompt_token_ids": None}, "prompt_token_ids must be a list"),
+        ({"prompt_token_ids": "12"}, "prompt_token_ids must be a list"),
+        ({"prompt_token_ids": [1], "cache_salt": 5}, "cache_salt"),
+        ({"prompt_token_ids": [1], "cache_salt": "x" * 1025}, "cache_salt"),
+        ({"prompt_token_ids": [1], "cache_salt": "\ud800"}, "cache_salt"),
+        ("lone \ud800 surrogate", "not valid Unicode"),
+        ([{"role": "user", "content": "lone \udfff surrogate"}], "not valid Unicode"),
+        ([{"role": "user"}], "'content'"),
+        ([{"role": 1, "content": "x"}], "'role'"),
+        ([{"role": "user", "content": ["x"]}], "'content'"),
+    ],
+)
 def test_what_is_no_prompt_is_refused(smollm2_tokenizer, prompt, message):
     with pytest.raises(InvalidRequestError, match=message):
         encode_prompt(prompt, smollm2_tokenizer)
@@ -70,7 +75,9 @@ def test_a_chat_needs_a_template(smollm2_tokenizer):
 
     with pytest.raises(InvalidRequestError, match="no chat template"):
         render_chat([{"role": "user", "content": "Hi"}], Bare())
-    assert not render_chat([{"role": "user", "content": "Hi"}], smollm2_tokenizer, add_generation_prompt=False).endswith("assistant\n")
+    assert not render_chat(
+        [{"role": "user", "content": "Hi"}], smollm2_tokenizer, add_generation_prompt=False
+    ).endswith("assistant\n")
 
 
 # --------------------------------------------------------------------------------------------------- detokenisation
@@ -107,7 +114,9 @@ def test_the_stream_is_the_whole_for_any_tokens(smollm2_tokenizer, data, prompt,
     prompt = smollm2_tokenizer.backend_tokenizer.encode(prompt).ids
     token = st.integers(0, 49_151) | st.integers(0, 16) | st.integers(17, 300)
     tokens = data.draw(st.lists(token, max_size=40))
-    assert streamed(smollm2_tokenizer, prompt, tokens, skip=skip, pieces=pieces) == whole(smollm2_tokenizer, prompt, tokens, skip=skip)
+    assert streamed(smollm2_tokenizer, prompt, tokens, skip=skip, pieces=pieces) == whole(
+        smollm2_tokenizer, prompt, tokens, skip=skip
+    )
 
 
 @settings(max_examples=200)
@@ -146,10 +155,16 @@ def byte_fallback():
     """As SentencePiece models have it: spaces as ▁, and bytes for what is not in the vocabulary."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    vocabulary = {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    vocabulary = (
+        {"<unk>": 0} | {f"<0x{byte:02X}>": 1 + byte for byte in range(256)} | {"▁": 257, "a": 258, "b": 259, "▁a": 260}
+    )
+    backend = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    )
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
 
     class Wrapped:
         backend_tokenizer = backend
@@ -161,7 +176,10 @@ def byte_fallback():
 def test_byte_fallback_streams_what_is_utf8(byte_fallback, seed):
     rng = random.Random(seed)
     for _ in range(200):
-        prompt, tokens = (byte_fallback.backend_tokenizer.encode("".join(rng.choices("aé🦙b ", k=rng.randint(1, 9)))).ids for _ in range(2))
+        prompt, tokens = (
+            byte_fallback.backend_tokenizer.encode("".join(rng.choices("aé🦙b ", k=rng.randint(1, 9)))).ids
+            for _ in range(2)
+        )
         assert streamed(byte_fallback, prompt, tokens) == whole(byte_fallback, prompt, tokens)
 
 

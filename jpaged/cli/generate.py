@@ -24,11 +24,19 @@ if TYPE_CHECKING:
 _ROWS = (1, 4, 8, 16, 32, 64)
 """Sizes of the batch that are chosen from: each is compiled separately, and kept in the cache."""
 
-EngineFlags = flags_of(EngineConfig, "GenerateEngine", defaults={"warmup": False}, helps={
-    "max_num_seqs": "Most sequences running at once; None: as many as there are prompts, up to 64."})
+EngineFlags = flags_of(
+    EngineConfig,
+    "GenerateEngine",
+    defaults={"warmup": False},
+    helps={"max_num_seqs": "Most sequences running at once; None: as many as there are prompts, up to 64."},
+)
 SamplingFlags = flags_of(
-    SamplingParams, "GenerateSampling", leave_out=NOT_FLAGS, defaults={"temperature": 0.0, "max_tokens": 256},
-    helps={"max_tokens": "Most tokens to generate."})
+    SamplingParams,
+    "GenerateSampling",
+    leave_out=NOT_FLAGS,
+    defaults={"temperature": 0.0, "max_tokens": 256},
+    helps={"max_tokens": "Most tokens to generate."},
+)
 Prompts = Annotated[conf.Positional[tuple[str, ...]], conf.arg(metavar="[PROMPT ...]", help_behavior_hint="")]
 
 
@@ -89,16 +97,17 @@ class Generate:
 
 def _prompts_from_stdin() -> list[str]:
     if sys.stdin.isatty():
-        raise InvalidRequestError('no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe '
-                                  "lines into standard input, or talk to the model with jpaged chat.")
+        raise InvalidRequestError(
+            'no prompt: give it as an argument (jpaged generate "What is JAX?"), pipe '
+            "lines into standard input, or talk to the model with jpaged chat."
+        )
     prompts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise InvalidRequestError("no prompt: standard input has no lines.")
     return prompts
 
 
-def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: Status,
-            report: CompileReport) -> None:
+def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: Status, report: CompileReport) -> None:
     """Runs the engine until all is written."""
     progress = None
     with contextlib.ExitStack() as stack:
@@ -183,9 +192,12 @@ class _JsonWriter:
         return {
             "prompt": self._prompts[self._next],
             "outputs": [_sample(o) for o in output.outputs],
-            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": generated,
-                      "total_tokens": prompt_tokens + generated,
-                      "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens}},
+            "usage": {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": generated,
+                "total_tokens": prompt_tokens + generated,
+                "prompt_tokens_details": {"cached_tokens": output.num_cached_tokens},
+            },
             "time_to_first_token": metrics.time_to_first_token,
             "e2e_latency": ended - metrics.arrival_time,
         }

@@ -37,8 +37,9 @@ COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("bench", "startup"): Startup,
     ("collect-env",): CollectEnv,
 }
-CHOICE: Any = (named(Generate, "generate") | named(Chat, "chat") | named(Bench, "bench")
-               | named(CollectEnv, "collect-env"))
+CHOICE: Any = (
+    named(Generate, "generate") | named(Chat, "chat") | named(Bench, "bench") | named(CollectEnv, "collect-env")
+)
 DESCRIPTION = """PagedAttention and continuous batching in pure JAX.
 
 Begin with: jpaged generate "What is the capital of France?"

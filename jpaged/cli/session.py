@@ -36,8 +36,9 @@ class CompileReport:
         """Leaves a line on a terminal, where the ticking ones are gone, if anything was really compiled."""
         misses = CacheEvents.get().misses
         if self._count and misses > self._misses and self._status.on_terminal and not self._status.muted:
-            self._status.line(f"compiled {self._count} programs in {self._seconds:.1f} s; "
-                              "the next start finds them in the cache")
+            self._status.line(
+                f"compiled {self._count} programs in {self._seconds:.1f} s; the next start finds them in the cache"
+            )
         self._misses, self._count, self._seconds = misses, 0, 0.0
 
 
@@ -85,8 +86,11 @@ def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, Compi
         jax.devices()
     report = CompileReport(status, config.prefill_tile_size)
     # On a terminal the engine shows bars of its own.
-    quiet = contextlib.nullcontext() if status.on_terminal else status.doing(
-        f"loading {config.model}" + (" and compiling its steps" if config.warmup else ""))
+    quiet = (
+        contextlib.nullcontext()
+        if status.on_terminal
+        else status.doing(f"loading {config.model}" + (" and compiling its steps" if config.warmup else ""))
+    )
     with quiet:
         engine = LLMEngine(config)
     engine.runner.on_compile = report

@@ -1,7 +1,7 @@
 """What a command is doing, on standard error: a ticking line on a terminal, plain lines elsewhere.
 
-    terminal   compiling a step for 1 row + 128 prompt tokens ... 4 s        disappears when it is done
-    a pipe     compiling a step for 1 row + 128 prompt tokens ... 4.2 s
+terminal   compiling a step for 1 row + 128 prompt tokens ... 4 s        disappears when it is done
+a pipe     compiling a step for 1 row + 128 prompt tokens ... 4.2 s
 """
 
 import contextlib

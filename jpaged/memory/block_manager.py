@@ -36,8 +36,16 @@ class BlockManager:
       enable_prefix_caching: whether full blocks are kept and found again.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, max_rows: int, max_blocks_per_row: int, *,
-                 watermark: float = 0.01, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_rows: int,
+        max_blocks_per_row: int,
+        *,
+        watermark: float = 0.01,
+        enable_prefix_caching: bool = True,
+    ) -> None:
         self.block_size = block_size
         self.cache = PrefixCache(block_size) if enable_prefix_caching else None
         self.allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache is not None else None)
@@ -61,8 +69,9 @@ class BlockManager:
         """Blocks that some row refers to."""
         return self.allocator.num_usable - self.allocator.num_free
 
-    def try_open(self, row: int, tokens: Sequence[int], *, salt: str = "", use_cache: bool = True,
-                 reserve: int = 0) -> int | None:
+    def try_open(
+        self, row: int, tokens: Sequence[int], *, salt: str = "", use_cache: bool = True, reserve: int = 0
+    ) -> int | None:
         """Gives a row the blocks of all its known tokens, shared with the cache where they are known.
 
         Args:

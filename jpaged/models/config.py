@@ -165,15 +165,12 @@ class ModelConfig:
         model_type = config.get("model_type")
         if model_type not in SUPPORTED_MODEL_TYPES:
             raise UnsupportedModelError(
-                f"model_type {model_type!r} is not supported; supported families: "
-                f"{', '.join(SUPPORTED_MODEL_TYPES)}"
+                f"model_type {model_type!r} is not supported; supported families: {', '.join(SUPPORTED_MODEL_TYPES)}"
             )
         read = Reader(config, "config")
         heads = read.size("num_attention_heads", maximum=_MAX_HEADS)
         hidden = read.size("hidden_size", maximum=_MAX_WIDTH)
-        kv_heads = read.size(
-            "num_key_value_heads", maximum=_MAX_HEADS, default=8 if model_type == "mistral" else heads
-        )
+        kv_heads = read.size("num_key_value_heads", maximum=_MAX_HEADS, default=8 if model_type == "mistral" else heads)
         if heads % kv_heads:
             raise ModelConfigError(
                 f"num_attention_heads = {heads} must be a multiple of num_key_value_heads = {kv_heads}"
@@ -229,17 +226,13 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> R
     given = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(given, Mapping):
         raise ModelConfigError(f"rope_parameters must be an object, got {type(given).__name__}")
-    outer = {
-        key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None
-    }
+    outer = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if config.get(key) is not None}
     rope = {**outer, **{key: value for key, value in given.items() if value is not None}}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type == "su":  # the name under which Phi-3 first published longrope
         rope_type = "longrope"
     if rope_type not in ROPE_TYPES:
-        raise UnsupportedModelError(
-            f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}"
-        )
+        raise UnsupportedModelError(f"rope_type {rope_type!r} is not supported; supported: {', '.join(ROPE_TYPES)}")
 
     read = Reader(rope, "rope_parameters")
     partial = read.number("partial_rotary_factor", default=1.0, low=0.0, high=1.0)
@@ -254,9 +247,7 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> R
     # Phi-3 writes the original length at the top level; that one wins, as in Hugging Face.
     if config.get("original_max_position_embeddings") is not None:
         rope["original_max_position_embeddings"] = config["original_max_position_embeddings"]
-    return RopeConfig(
-        **common, **_scaling(read, rope_type, rotary_dim // 2, positions), partial_rotary_factor=partial
-    )
+    return RopeConfig(**common, **_scaling(read, rope_type, rotary_dim // 2, positions), partial_rotary_factor=partial)
 
 
 def _scaling(read: Reader, rope_type: str, frequencies: int, positions: int) -> dict[str, Any]:

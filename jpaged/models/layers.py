@@ -67,11 +67,21 @@ class Attention(nn.Module):
         scale, window = self._scale, self.config.sliding_window
         lanes = []
         if rows:
-            lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, layout.decode_lengths,
-                                                scale=scale, sliding_window=window))
+            lanes.append(
+                paged_decode_attention(
+                    q[:rows], kv, layout.decode_tables, layout.decode_lengths, scale=scale, sliding_window=window
+                )
+            )
         if tiles:
             tiled = q[rows:].reshape(tiles, -1, *q.shape[1:])  # [P, C, Hq, D]
-            out = paged_prefill_attention(tiled, kv, layout.prefill_tables, layout.prefill_starts,
-                                          layout.prefill_lengths, scale=scale, sliding_window=window)
+            out = paged_prefill_attention(
+                tiled,
+                kv,
+                layout.prefill_tables,
+                layout.prefill_starts,
+                layout.prefill_lengths,
+                scale=scale,
+                sliding_window=window,
+            )
             lanes.append(out.reshape(-1, *q.shape[1:]))
         return jnp.concatenate(lanes) if len(lanes) > 1 else lanes[0]

@@ -1,8 +1,8 @@
 """The Llama family: Llama 1 to 3, Mistral, SmolLM2. One module trains and serves.
 
-    hidden, _ = model.apply({"params": params}, tokens)                                  # [B, T] training
-    hidden, pool = model.apply({"params": params}, tokens, positions, pool, layout)      # [T]    a paged step
-    logits = model.apply({"params": params}, hidden, method=model.logits)
+hidden, _ = model.apply({"params": params}, tokens)                                  # [B, T] training
+hidden, pool = model.apply({"params": params}, tokens, positions, pool, layout)      # [T]    a paged step
+logits = model.apply({"params": params}, hidden, method=model.logits)
 """
 
 import functools
@@ -58,11 +58,13 @@ class LlamaForCausalLM(nn.Module):
         self.layers = [DecoderLayer(config, self.dtype) for _ in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.rms_norm_eps, self.dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype,
-                                    dot_general=_float32_result)
+            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, dot_general=_float32_result)
 
     def __call__(
-        self, tokens: jax.Array, positions: jax.Array | None = None, pool: Pool | None = None,
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        pool: Pool | None = None,
         layout: PagedLayout | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """The final hidden states, normed.

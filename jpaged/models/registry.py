@@ -19,6 +19,7 @@ def build(config: ModelConfig, dtype: jnp.dtype) -> nn.Module:
       UnsupportedModelError: no module serves this family; the message lists those that do.
     """
     if config.model_type not in FAMILIES:
-        raise UnsupportedModelError(f"no module for model_type {config.model_type!r}; there are modules for "
-                                    f"{', '.join(sorted(FAMILIES))}.")
+        raise UnsupportedModelError(
+            f"no module for model_type {config.model_type!r}; there are modules for {', '.join(sorted(FAMILIES))}."
+        )
     return FAMILIES[config.model_type](config, dtype)

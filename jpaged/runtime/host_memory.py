@@ -11,9 +11,9 @@ _KEEP = 1 << 30
 def keep_freed_memory() -> bool:
     """Makes malloc keep freed memory instead of returning it to the operating system. True if that was possible.
 
-    XLA:CPU allocates a step's temporary buffers anew at every step. As glibc comes, anything large is mapped and unmapped
-    each time, and every page is faulted in and zeroed again: half of the time of a decode step's attention (docs/performance.md).
-    Only glibc has these knobs; elsewhere nothing happens.
+    XLA:CPU allocates a step's temporary buffers anew at every step. As glibc comes, anything large is mapped and
+    unmapped each time, and every page is faulted in and zeroed again: half of the time of a decode step's attention
+    (docs/performance.md). Only glibc has these knobs; elsewhere nothing happens.
     """
     if sys.platform != "linux":
         return False

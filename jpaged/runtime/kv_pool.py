@@ -27,8 +27,14 @@ class KVPoolSpec:
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int) -> "KVPoolSpec":
-        return cls(config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads, config.head_dim,
-                   jnp.dtype(dtype))
+        return cls(
+            config.num_hidden_layers,
+            num_blocks,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+            jnp.dtype(dtype),
+        )
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -63,7 +69,8 @@ def blocks_in_budget(budget_bytes: int, spec: KVPoolSpec, useful_blocks: int) ->
         raise OutOfMemoryError(
             f"the memory budget leaves {max(budget_bytes, 0) / 2**20:.0f} MiB for the KV cache and one block takes "
             f"{spec.block_bytes / 2**20:.2f} MiB: raise kv_cache_memory_bytes or gpu_memory_utilization, or lower "
-            "max_num_batched_tokens.")
+            "max_num_batched_tokens."
+        )
     return int(blocks)
 
 

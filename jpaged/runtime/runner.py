@@ -56,8 +56,17 @@ class Runner:
       tile_size: tokens of a tile of the prefill lane.
     """
 
-    def __init__(self, model: nn.Module, params: Params, config: ModelConfig, pool: KVPoolSpec, *, max_num_seqs: int,
-                 max_model_len: int, tile_size: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Params,
+        config: ModelConfig,
+        pool: KVPoolSpec,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        tile_size: int,
+    ) -> None:
         self.model = model
         self.spec = pool
         self.tile_size = tile_size
@@ -66,8 +75,9 @@ class Runner:
         self._null_row = max_num_seqs
         self._leaves, self._treedef = jax.tree.flatten(params)
         self._compiled: dict[tuple, Any] = {}
-        self._make_state = functools.partial(batch.empty, max_num_seqs, max_model_len, pool.block_size,
-                                             config.vocab_size)
+        self._make_state = functools.partial(
+            batch.empty, max_num_seqs, max_model_len, pool.block_size, config.vocab_size
+        )
         self.on_compile: Callable[[tuple], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
         self.pool: tuple[jax.Array, ...] = ()
@@ -92,17 +102,34 @@ class Runner:
         def flat_forward(leaves, *rest):
             return forward(jax.tree.unflatten(self._treedef, leaves), *rest)
 
-        return self._compile(("forward", bucket), flat_forward, (1, 2), self._leaves, self.spec.abstract(),
-                             self.state.tables, self.state.tokens, packed)
+        return self._compile(
+            ("forward", bucket),
+            flat_forward,
+            (1, 2),
+            self._leaves,
+            self.spec.abstract(),
+            self.state.tables,
+            self.state.tokens,
+            packed,
+        )
 
     def compile_sample(self, bucket: Bucket, variant: Variant) -> Any:
         """The compiled sampler for a bucket's number of results."""
         n, variant = bucket.num_results, variant._replace(prompt_logprobs=False)
         one = jax.ShapeDtypeStruct((n,), jnp.int32)
         logits = jax.ShapeDtypeStruct((n, self._vocab_size), jnp.float32)
-        return self._compile(("sample", n, variant), functools.partial(sample, variant=variant), (0,),
-                             self.state.tokens, self.state.parameters, self.state.rules, logits, one, one,
-                             jax.ShapeDtypeStruct((n,), jnp.bool))
+        return self._compile(
+            ("sample", n, variant),
+            functools.partial(sample, variant=variant),
+            (0,),
+            self.state.tokens,
+            self.state.parameters,
+            self.state.rules,
+            logits,
+            one,
+            one,
+            jax.ShapeDtypeStruct((n,), jnp.bool),
+        )
 
     def _compile(self, key: tuple, function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
         if key not in self._compiled:
@@ -125,8 +152,9 @@ class Runner:
         run_forward = self.compile_forward(plan.bucket)
         run_sample = self.compile_sample(plan.bucket, plan.variant)
         state = self.state
-        self.pool, tables, forward = run_forward(self._leaves, self.pool, state.tables, state.tokens,
-                                                 plan.pack(self._null_row))
+        self.pool, tables, forward = run_forward(
+            self._leaves, self.pool, state.tables, state.tokens, plan.pack(self._null_row)
+        )
         tokens, results = run_sample(state.tokens, state.parameters, state.rules, *forward[:4])
         self.state = state._replace(tables=tables, tokens=tokens)
         results.copy_to_host_async()

@@ -104,8 +104,9 @@ def apply_rules(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, rules:
     token = jnp.arange(vocab)
     allowed = (rules.allowed[:, token // 32] >> (token % 32).astype(jnp.uint32)) & 1
     early = (lengths < rules.min_length)[:, None] & (rules.suppressed != NO_TOKEN)
-    banned = jnp.concatenate([jnp.where(early, rules.suppressed, NO_TOKEN),
-                              _completing(tokens, lengths, rules.bad_words)], axis=1)
+    banned = jnp.concatenate(
+        [jnp.where(early, rules.suppressed, NO_TOKEN), _completing(tokens, lengths, rules.bad_words)], axis=1
+    )
     masked = jnp.where(allowed == 1, logits, -jnp.inf).at[row, _or_drop(banned, vocab)].set(-jnp.inf, mode="drop")
     return jnp.where(jnp.any(masked > -jnp.inf, axis=-1, keepdims=True), masked, logits)
 

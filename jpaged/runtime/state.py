@@ -57,12 +57,14 @@ def empty(num_rows: int, max_model_len: int, block_size: int, vocab_size: int) -
         allowed=jnp.full((rows, -(-vocab_size // 32)), 0xFFFFFFFF, jnp.uint32),
         bad_words=jnp.full((rows, MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS), NO_TOKEN, jnp.int32),
         suppressed=jnp.full((rows, MAX_SUPPRESSED), NO_TOKEN, jnp.int32),
-        min_length=jnp.zeros((rows,), jnp.int32))
+        min_length=jnp.zeros((rows,), jnp.int32),
+    )
     return BatchState(
         tokens=jnp.zeros((rows, max_model_len), jnp.int32),
         tables=jnp.zeros((rows, table_width), jnp.int32),
         parameters=jnp.zeros((rows, NUM_PARAMETERS), jnp.int32),
-        rules=rules)
+        rules=rules,
+    )
 
 
 def pack_admission(sequence: Sequence, table: np.ndarray, max_model_len: int) -> np.ndarray:
@@ -73,8 +75,13 @@ def pack_admission(sequence: Sequence, table: np.ndarray, max_model_len: int) ->
     packed[0] = sequence.row
     packed[1 : 1 + len(FLOATS)].view(np.float32)[:] = [getattr(params, name) for name in FLOATS]
     integers = packed[1 + len(FLOATS) : head].view(np.uint32)
-    integers[:] = (max(params.top_k, 0), seed >> 32, seed & 0xFFFFFFFF, sequence.index,
-                   len(sequence.group.prompt_token_ids))
+    integers[:] = (
+        max(params.top_k, 0),
+        seed >> 32,
+        seed & 0xFFFFFFFF,
+        sequence.index,
+        len(sequence.group.prompt_token_ids),
+    )
     packed[head : head + len(sequence.tokens)] = sequence.tokens
     packed[head + max_model_len :] = table
     return packed
@@ -87,7 +94,8 @@ def admit(state: BatchState, packed: jax.Array) -> BatchState:
     return state._replace(
         parameters=state.parameters.at[row].set(packed[1:head]),
         tokens=state.tokens.at[row].set(packed[head : head + max_model_len]),
-        tables=state.tables.at[row].set(packed[head + max_model_len :]))
+        tables=state.tables.at[row].set(packed[head + max_model_len :]),
+    )
 
 
 def rules_of(sequence: Sequence, vocab_size: int, bad_words: list[list[int]]) -> Rules:
@@ -107,8 +115,14 @@ def rules_of(sequence: Sequence, vocab_size: int, bad_words: list[list[int]]) ->
     suppressed = np.full(MAX_SUPPRESSED, NO_TOKEN, np.int32)
     stops = sorted(sequence.stop_token_ids)
     suppressed[: len(stops)] = stops
-    return Rules(bias_tokens, bias_values, np.packbits(bits, bitorder="little").view(np.uint32), words, suppressed,
-                 np.int32(len(sequence.group.prompt_token_ids) + params.min_tokens))
+    return Rules(
+        bias_tokens,
+        bias_values,
+        np.packbits(bits, bitorder="little").view(np.uint32),
+        words,
+        suppressed,
+        np.int32(len(sequence.group.prompt_token_ids) + params.min_tokens),
+    )
 
 
 def set_rules(state: BatchState, row: jax.Array, rules: Rules) -> BatchState:

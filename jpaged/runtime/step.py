@@ -75,19 +75,25 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
             decode_lengths=jnp.where(plan.rows == null_row, 0, plan.positions + 1),
             prefill_tables=tables[plan.tile_rows],
             prefill_starts=plan.tile_starts,
-            prefill_lengths=plan.tile_lengths)
+            prefill_lengths=plan.tile_lengths,
+        )
         variables = {"params": params}
         hidden, pool = model.apply(variables, tokens[rows, positions], positions, pool, layout)
         tile_hidden = hidden[num_decodes:]
         last = jnp.maximum(plan.tile_lengths - 1, 0)
         final = jnp.concatenate([hidden[:num_decodes], tile_hidden[jnp.arange(num_tiles) * tile_size + last]])
-        return pool, tables, Forward(
-            logits=_logits(model, params, final),
-            rows=jnp.concatenate([plan.rows, plan.tile_rows]),
-            positions=jnp.concatenate([plan.positions, plan.tile_starts + last]) + 1,
-            samples=jnp.concatenate([plan.rows != null_row, plan.tile_samples == 1]),
-            tile_hidden=tile_hidden,
-            tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1])
+        return (
+            pool,
+            tables,
+            Forward(
+                logits=_logits(model, params, final),
+                rows=jnp.concatenate([plan.rows, plan.tile_rows]),
+                positions=jnp.concatenate([plan.positions, plan.tile_starts + last]) + 1,
+                samples=jnp.concatenate([plan.rows != null_row, plan.tile_samples == 1]),
+                tile_hidden=tile_hidden,
+                tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1],
+            ),
+        )
 
     return forward
 

@@ -17,7 +17,6 @@ import numpy as np
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
 from jpaged.sequence import Sequence
 
-
 LOGPROB_WIDTHS = (0, 5, MAX_LOGPROBS)
 """Numbers of log-probabilities that are compiled for; a request's number is rounded up."""
 
@@ -62,7 +61,8 @@ def variant_of(params: SamplingParams) -> Variant:
         truncate=not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
         penalties=params.needs_penalties,
         rules=params.needs_rules,
-        num_logprobs=logprob_width(params.logprobs))
+        num_logprobs=logprob_width(params.logprobs),
+    )
 
 
 def logprob_width(wanted: int | None) -> int:

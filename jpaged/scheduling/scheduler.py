@@ -38,8 +38,9 @@ class Scheduler:
     preempted for another one, and alone it always fits (checked by `add`), so it finishes.
     """
 
-    def __init__(self, blocks: BlockManager, buckets: tuple[Bucket, ...], *, tile_size: int,
-                 max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, blocks: BlockManager, buckets: tuple[Bucket, ...], *, tile_size: int, max_num_batched_tokens: int
+    ) -> None:
         self.blocks = blocks
         self.buckets = buckets
         self.tile_size = tile_size
@@ -74,14 +75,17 @@ class Scheduler:
         """
         rows, blocks = len(group.sequences), self.blocks
         if rows > len(self.by_row):
-            raise InvalidRequestError(f"n={rows} sequences do not fit into max_num_seqs={len(self.by_row)}: "
-                                      "ask for fewer samples or raise max_num_seqs.")
+            raise InvalidRequestError(
+                f"n={rows} sequences do not fit into max_num_seqs={len(self.by_row)}: "
+                "ask for fewer samples or raise max_num_seqs."
+            )
         need = sum(blocks.blocks_for(s.max_length - 1) for s in group.sequences)
         if need > blocks.allocator.num_usable:
             raise InvalidRequestError(
                 f"the request may need {need} blocks of {blocks.block_size} tokens and the whole pool has "
                 f"{blocks.allocator.num_usable}: lower max_tokens or n, shorten the prompt, or give the pool more "
-                "memory (kv_cache_memory_bytes, num_gpu_blocks_override).")
+                "memory (kv_cache_memory_bytes, num_gpu_blocks_override)."
+            )
         self._queue(group)
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
@@ -122,7 +126,11 @@ class Scheduler:
             variant=self._variant(tiles),
             admitted=admitted,
             sequences=[by_row[row] for row in rows.tolist()],  # type: ignore[misc]  # ready rows have a sequence
-            rows=rows, positions=positions, new_blocks=grown[rows], tiles=tiles)
+            rows=rows,
+            positions=positions,
+            new_blocks=grown[rows],
+            tiles=tiles,
+        )
 
     def _schedule_decodes(self) -> tuple[np.ndarray, np.ndarray, bool]:
         """Rows that are one token behind: (rows [d], block appended by row [max_rows], any preempted)."""
@@ -185,13 +193,16 @@ class Scheduler:
         use_cache = group.params.prompt_logprobs is None
         # A group that would be alone may use the last block: nobody else needs room to grow.
         reserve = self.blocks.watermark_blocks if self.running else 0
+        if len(sequences) > 1:  # all fit even without a prefix hit, or none is touched
+            need = sum(self.blocks.blocks_for(len(s.tokens)) for s in sequences)
+            if need + reserve > self.blocks.num_free:
+                return False
         for sequence in sequences:
             row = self._free_rows[-1]
-            cached = self.blocks.try_open(row, sequence.tokens, salt=group.cache_salt, use_cache=use_cache,
-                                          reserve=reserve)
+            cached = self.blocks.try_open(
+                row, sequence.tokens, salt=group.cache_salt, use_cache=use_cache, reserve=reserve
+            )
             if cached is None:
-                for opened in sequences:
-                    self._vacate(opened)
                 return False
             sequence.row = self._free_rows.pop()
             self.by_row[row] = sequence

@@ -1,7 +1,7 @@
 """Paged attention: one function per operation, whatever platform implements it.
 
-A layer's pool is one array [num_blocks, 2, Hkv, block_size, D]: a block holds `block_size` tokens, its keys at [:, 0] and
-its values at [:, 1], so that copying or swapping a block moves one contiguous run. Block 0 is the null block: padding
+A layer's pool is one array [num_blocks, 2, Hkv, block_size, D]: a block holds `block_size` tokens, its keys at [:, 0]
+and its values at [:, 1], so that copying or swapping a block moves one contiguous run. Block 0 is the null block: padding
 writes there, and nothing that matters reads it.
 """
 
@@ -51,8 +51,9 @@ def paged_decode_attention(
 
     Returns: [R, Hq, D], q's dtype. Sums are float32.
     """
-    return xla.paged_decode_attention(q, kv, block_tables, lengths, scale=scale, sliding_window=sliding_window,
-                                      logit_soft_cap=logit_soft_cap)
+    return xla.paged_decode_attention(
+        q, kv, block_tables, lengths, scale=scale, sliding_window=sliding_window, logit_soft_cap=logit_soft_cap
+    )
 
 
 def paged_prefill_attention(
@@ -77,5 +78,6 @@ def paged_prefill_attention(
 
     Returns: [P, C, Hq, D], q's dtype.
     """
-    return xla.paged_prefill_attention(q, kv, block_tables, starts, lengths, scale=scale, sliding_window=sliding_window,
-                                       logit_soft_cap=logit_soft_cap)
+    return xla.paged_prefill_attention(
+        q, kv, block_tables, starts, lengths, scale=scale, sliding_window=sliding_window, logit_soft_cap=logit_soft_cap
+    )

@@ -1,11 +1,11 @@
 """Paged attention in plain XLA: the CPU path, and the fallback everywhere else.
 
-Cost follows the real lengths: rows are sorted by length and taken in groups, and each group loops over chunks of the block
-table only as far as its own longest row, with an online softmax (arXiv 1805.02867). One chunk of one KV head is gathered
-as `chunk_blocks` contiguous runs, so that what arrives is already the matrix that is multiplied.
+Cost follows the real lengths: rows are sorted by length and taken in groups, and each group loops over chunks of the
+block table only as far as its own longest row, with an online softmax (arXiv 1805.02867). One chunk of one KV head is
+gathered as `chunk_blocks` contiguous runs, so that what arrives is already the matrix that is multiplied.
 
-The optimization barriers keep XLA:CPU from fusing the gather into a transpose (a memcpy per block would become a loop over
-elements) and the exponential into a broadcast (which then is not vectorised).
+The optimization barriers keep XLA:CPU from fusing the gather into a transpose (a memcpy per block would become a loop
+over elements) and the exponential into a broadcast (which then is not vectorised).
 """
 
 import functools
@@ -27,21 +27,45 @@ def write_kv(kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax
 
 
 def paged_decode_attention(
-    q: jax.Array, kv: jax.Array, tables: jax.Array, lengths: jax.Array, *, scale: float,
-    sliding_window: int | None = None, logit_soft_cap: float | None = None, group_rows: int = 16, chunk_blocks: int = 8,
+    q: jax.Array,
+    kv: jax.Array,
+    tables: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_soft_cap: float | None = None,
+    group_rows: int = 16,
+    chunk_blocks: int = 8,
 ) -> jax.Array:
     """See `api.paged_decode_attention`."""
     rows, heads, size = q.shape
     kv_heads = kv.shape[2]
     end = lengths.astype(jnp.int32)[:, None]  # [R, 1]
-    out = _attend(q.reshape(rows, kv_heads, -1, size) * scale, kv, tables, _begin(end, sliding_window), end,
-                  logit_soft_cap, group_rows, chunk_blocks)
+    out = _attend(
+        q.reshape(rows, kv_heads, -1, size) * scale,
+        kv,
+        tables,
+        _begin(end, sliding_window),
+        end,
+        logit_soft_cap,
+        group_rows,
+        chunk_blocks,
+    )
     return out.reshape(rows, heads, size).astype(q.dtype)
 
 
 def paged_prefill_attention(
-    q: jax.Array, kv: jax.Array, tables: jax.Array, starts: jax.Array, lengths: jax.Array, *, scale: float,
-    sliding_window: int | None = None, logit_soft_cap: float | None = None, chunk_blocks: int = 8,
+    q: jax.Array,
+    kv: jax.Array,
+    tables: jax.Array,
+    starts: jax.Array,
+    lengths: jax.Array,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    logit_soft_cap: float | None = None,
+    chunk_blocks: int = 8,
 ) -> jax.Array:
     """See `api.paged_prefill_attention`. A tile's queries of one KV head are stacked: [Hq / Hkv * C, D] a product."""
     tiles, c, heads, size = q.shape
@@ -51,8 +75,16 @@ def paged_prefill_attention(
     end = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets + 1, 0)  # [P, C]
     begin = _begin(end, sliding_window)
     stacked = q.reshape(tiles, c, kv_heads, group, size).transpose(0, 2, 3, 1, 4).reshape(tiles, kv_heads, -1, size)
-    out = _attend(stacked * scale, kv, tables, jnp.tile(begin, (1, group)), jnp.tile(end, (1, group)),
-                  logit_soft_cap, max(1, 128 // c), chunk_blocks)  # tiles together until products are worth two threads
+    out = _attend(
+        stacked * scale,
+        kv,
+        tables,
+        jnp.tile(begin, (1, group)),
+        jnp.tile(end, (1, group)),
+        logit_soft_cap,
+        max(1, 128 // c),
+        chunk_blocks,
+    )  # tiles together until products are worth two threads
     out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
     return out.reshape(tiles, c, heads, size).astype(q.dtype)
 
@@ -78,7 +110,7 @@ def _attend(q, kv, tables, begin, end, logit_soft_cap, group_rows, chunk_blocks)
 
 
 def _online_softmax(kv, logit_soft_cap, chunk_blocks, q, tables, begin, end) -> jax.Array:
-    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin and end [n, M or 1] -> [n, Hkv, M, D]."""
+    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1] -> [n, Hkv, M, D]."""
     n, kv_heads, m, size = q.shape
     block_size, span = kv.shape[3], chunk_blocks * kv.shape[3]
     runs = kv.reshape(-1, block_size * size)  # row (2 * block + is_value) * Hkv + head
@@ -105,8 +137,9 @@ def _online_softmax(kv, logit_soft_cap, chunk_blocks, q, tables, begin, end) -> 
         weights = lax.optimization_barrier(jnp.exp(lax.optimization_barrier(scores - higher[..., None])))
         shrink = jnp.exp(high - higher)
         values = gather(keys + kv_heads)
-        new = jnp.einsum("xmk,xkd->xmd", weights.reshape(-1, m, span).astype(q.dtype), values,
-                         preferred_element_type=jnp.float32)
+        new = jnp.einsum(
+            "xmk,xkd->xmd", weights.reshape(-1, m, span).astype(q.dtype), values, preferred_element_type=jnp.float32
+        )
         out = out * shrink[..., None] + new.reshape(out.shape)
         return chunk + 1, higher, total * shrink + weights.sum(-1), out
 

@@ -42,9 +42,7 @@ def gguf_value(value) -> bytes:
     return struct.pack("<IIQ", 9, kind, len(value)) + body()
 
 
-def gguf_bytes(
-    metadata: dict, tensors: dict[str, tuple[int, tuple[int, ...], bytes]], version: int = 3
-) -> bytes:
+def gguf_bytes(metadata: dict, tensors: dict[str, tuple[int, tuple[int, ...], bytes]], version: int = 3) -> bytes:
     """A GGUF file; tensors are name -> (ggml type, shape in NumPy's order, data)."""
     alignment = metadata.get("general.alignment", 32)
     out = struct.pack("<4sIQQ", b"GGUF", version, len(tensors), len(metadata))
@@ -53,9 +51,7 @@ def gguf_bytes(
     data = b""
     for name, (kind, shape, raw) in tensors.items():
         data += b"\0" * (-len(data) % alignment)
-        out += gguf_string(name) + struct.pack(
-            f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, len(data)
-        )
+        out += gguf_string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape[::-1], kind, len(data))
         data += raw
     return out + b"\0" * (-len(out) % alignment) + data
 

@@ -120,9 +120,7 @@ def test_plain_vectors_and_biases_of_q_and_k_are_permuted_too(tmp_path):
     params = load_bytes(tmp_path, gguf_bytes(llama_metadata(), f32(tensors)), skip_tokenizer=True).params
     attention = params["layers_0"]["self_attn"]
     for name, ggml, heads in (("q_proj", "attn_q", 4), ("k_proj", "attn_k", 2)):
-        np.testing.assert_array_equal(
-            rows_interleaved(attention[name]["bias"], heads), tensors[f"blk.0.{ggml}.bias"]
-        )
+        np.testing.assert_array_equal(rows_interleaved(attention[name]["bias"], heads), tensors[f"blk.0.{ggml}.bias"])
         np.testing.assert_array_equal(
             rows_interleaved(attention[name]["kernel"].T, heads), tensors[f"blk.0.{ggml}.weight"]
         )
@@ -209,9 +207,7 @@ def test_rope_scaling_metadata(tmp_path):
         "llama.rope.scaling.factor": 4.0,
         "llama.rope.scaling.original_context_length": U32(16),
     }
-    assert rope_of(tmp_path, **yarn) == RopeConfig(
-        rope_type="yarn", factor=4.0, original_max_position_embeddings=16
-    )
+    assert rope_of(tmp_path, **yarn) == RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
     scaled = rope_of(tmp_path, **yarn, **{"llama.rope.scaling.attn_factor": 0.5})
     assert scaled.attention_factor == pytest.approx(0.5 * (0.1 * math.log(4) + 1))
     with pytest.raises(UnsupportedCheckpointError, match="longrope"):
@@ -284,9 +280,7 @@ def test_a_quantised_vector_is_refused(tmp_path):
 
 
 def test_end_of_turn_tokens_end_a_generation(tmp_path):
-    data = gguf_bytes(
-        llama_metadata(**{"tokenizer.ggml.eot_token_id": U32(5)}), f32(random_tensors(llama_shapes()))
-    )
+    data = gguf_bytes(llama_metadata(**{"tokenizer.ggml.eot_token_id": U32(5)}), f32(random_tensors(llama_shapes())))
     checkpoint = load_bytes(tmp_path, data, skip_tokenizer=True)
     assert checkpoint.config.eos_token_ids == (2, 5)
     assert checkpoint.generation_config == {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": None}

@@ -65,9 +65,7 @@ def scalar_q4_q5_k(kind: int, block: bytes) -> list[np.float32]:
         if kind == Q5_K:
             q += 16 * (block[16 + within] >> j & 1)
         scale, minimum = scalar_scale_min(block[4:16], j)
-        result.append(
-            half(block, 0) * np.float32(scale) * np.float32(q) - half(block, 2) * np.float32(minimum)
-        )
+        result.append(half(block, 0) * np.float32(scale) * np.float32(q) - half(block, 2) * np.float32(minimum))
     return result
 
 
@@ -84,14 +82,8 @@ def scalar_q6_k(block: bytes) -> list[np.float32]:
 
 def scalar(kind: int, raw: np.ndarray) -> np.ndarray:
     size = GGML_TYPES[kind].type_size
-    one = (
-        scalar_q6_k
-        if kind == Q6_K
-        else lambda b: (scalar_q4_q5_k if kind in (Q4_K, Q5_K) else scalar_q32)(kind, b)
-    )
-    return np.array(
-        [[w for at in range(0, len(row), size) for w in one(bytes(row[at : at + size]))] for row in raw]
-    )
+    one = scalar_q6_k if kind == Q6_K else lambda b: (scalar_q4_q5_k if kind in (Q4_K, Q5_K) else scalar_q32)(kind, b)
+    return np.array([[w for at in range(0, len(row), size) for w in one(bytes(row[at : at + size]))] for row in raw])
 
 
 @pytest.mark.parametrize("kind", HALVES, ids=IDS)

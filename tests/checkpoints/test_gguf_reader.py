@@ -46,10 +46,7 @@ def test_reads_every_kind_of_value(tmp_path, version):
     }
     weights = np.arange(12, dtype=np.float32).reshape(3, 4)
     file = GGUFFile(write(tmp_path, gguf_bytes(metadata, {"w": (F32, (3, 4), weights.tobytes())}, version)))
-    read = {
-        key: value.tolist() if isinstance(value, np.ndarray) else value
-        for key, value in file.metadata.items()
-    }
+    read = {key: value.tolist() if isinstance(value, np.ndarray) else value for key, value in file.metadata.items()}
     assert read == metadata
     tensor = file.tensors["w"]
     assert (tensor.shape, tensor.type.name, tensor.nbytes) == ((3, 4), "F32", 48)
@@ -134,10 +131,7 @@ CORRUPT = {
     "same tensor twice": header(tensors=2) + tensor_record("a") + tensor_record("a", offset=32) + PAD,
     "alignment 0": header(entries=1) + gguf_string("general.alignment") + struct.pack("<II", 4, 0) + PAD,
     "alignment 3": header(entries=1) + gguf_string("general.alignment") + struct.pack("<II", 4, 3) + PAD,
-    "alignment is text": header(entries=1)
-    + gguf_string("general.alignment")
-    + struct.pack("<IQ", 8, 0)
-    + PAD,
+    "alignment is text": header(entries=1) + gguf_string("general.alignment") + struct.pack("<IQ", 8, 0) + PAD,
 }
 UNSUPPORTED = {
     "version 1": (header(version=1) + PAD, "version 1"),
@@ -205,9 +199,7 @@ def test_flipped_bytes_in_the_header_never_surprise(tmp_path):
         changed[position] ^= int(generator.integers(1, 256))
         refused += not try_to_load(write(tmp_path, bytes(changed)))
     assert refused > end // 3
-    assert (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
-    )  # KB on Linux, bytes on macOS
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KB on Linux, bytes on macOS
 
 
 def test_random_garbage_after_the_magic(tmp_path):

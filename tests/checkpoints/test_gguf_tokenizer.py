@@ -45,9 +45,7 @@ def words(tmp_path, pre: str, text: str) -> list[str]:
             "tokenizer.ggml.token_type": [1] * 257,
         },
     )
-    return [
-        word.replace("Ġ", " ") for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)
-    ]
+    return [word.replace("Ġ", " ") for word, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
 
 def test_smollm2_reads_every_digit_alone(smollm2):
@@ -66,9 +64,7 @@ def test_smollm2_special_tokens(smollm2):
 
 
 def test_smollm2_chat_template_adds_its_system_prompt(smollm2):
-    text = smollm2.apply_chat_template(
-        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
-    )
+    text = smollm2.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
     assert text == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
@@ -81,10 +77,7 @@ def test_smollm2_equals_hugging_face_on_the_golden_chats(smollm2):
         text = smollm2.apply_chat_template(chat["messages"], tokenize=False, add_generation_prompt=True)
         assert text == chat["prompt_text"]
         assert smollm2.encode(text, add_special_tokens=False) == chat["prompt_token_ids"]
-        assert (
-            smollm2.decode(chat["output_token_ids"], skip_special_tokens=True).strip()
-            == chat["output_text"].strip()
-        )
+        assert smollm2.decode(chat["output_token_ids"], skip_special_tokens=True).strip() == chat["output_text"].strip()
 
 
 @pytest.mark.parametrize(

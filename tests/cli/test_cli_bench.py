@@ -13,8 +13,20 @@ SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "36")
 
 def test_throughput(jpaged, tmp_path):
     file = tmp_path / "result.json"
-    status, out, _ = jpaged("bench", "throughput", "--num-prompts", "6", "--input-len", "20", "--output-len", "5",
-                            "--json", "--output", str(file), *SMALL)
+    status, out, _ = jpaged(
+        "bench",
+        "throughput",
+        "--num-prompts",
+        "6",
+        "--input-len",
+        "20",
+        "--output-len",
+        "5",
+        "--json",
+        "--output",
+        str(file),
+        *SMALL,
+    )
     result = json.loads(out)
     assert status == 0
     assert result == json.loads(file.read_text())
@@ -35,9 +47,16 @@ def test_throughput_of_a_trace(jpaged, tmp_path):
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (30, 8)
 
 
-@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "arrival_s,prompt_tokens,output_tokens\n0,x,3\n",
-                                  "arrival_s,prompt_tokens,output_tokens\n0,0,3\n",
-                                  "arrival_s,prompt_tokens,output_tokens\n0\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a,b\n1,2\n",
+        "arrival_s,prompt_tokens,output_tokens\n0,x,3\n",
+        "arrival_s,prompt_tokens,output_tokens\n0,0,3\n",
+        "arrival_s,prompt_tokens,output_tokens\n0\n",
+    ],
+)
 def test_a_trace_that_is_none(text, tmp_path):
     path = tmp_path / "trace.csv"
     path.write_text(text)

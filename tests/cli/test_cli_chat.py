@@ -17,15 +17,25 @@ from jpaged.sampling_params import RequestOutputKind
 def conversation(tiny):
     def make(max_tokens=8, **arguments):
         status = Status()
-        params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA)
+        params = SamplingParams(
+            temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+        )
         return Conversation(tiny(), params, status, CompileReport(status, 16), **arguments)
 
     return make
 
 
 def test_a_pipe_is_a_conversation(jpaged):
-    status, out, err = jpaged("chat", "--stats", "--max-tokens", "8", "--ignore-eos", "--block-size", "4",
-                              stdin="Hi there.\n\nAnd you?\n/reset\nHi there.\n/exit\nNever read.\n")
+    status, out, err = jpaged(
+        "chat",
+        "--stats",
+        "--max-tokens",
+        "8",
+        "--ignore-eos",
+        "--block-size",
+        "4",
+        stdin="Hi there.\n\nAnd you?\n/reset\nHi there.\n/exit\nNever read.\n",
+    )
     assert status == 0
     # The tiny model's answers have line breaks of their own. The third is the first again.
     assert re.fullmatch(r"(.+)\n.+\n\1\n", out, re.DOTALL)
@@ -43,8 +53,11 @@ def test_what_was_said_is_sent_again(conversation, capsys):
     answer = capsys.readouterr().out.rstrip("\n")
     talk.take("/system Be short.")
     talk.take("Two.")
-    assert talk._messages[:3] == [{"role": "user", "content": "One."}, {"role": "assistant", "content": answer},
-                                  {"role": "user", "content": "Two."}]
+    assert talk._messages[:3] == [
+        {"role": "user", "content": "One."},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Two."},
+    ]
     talk.take("/reset")
     assert talk._messages == []
     talk.take("/system")

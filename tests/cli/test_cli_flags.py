@@ -23,7 +23,10 @@ def test_every_field_has_a_docstring_and_a_flag_or_a_reason(capsys):
             assert docs[field.name]
             left_out = field.name in NOT_FLAGS if source is SamplingParams else field.name == "compilation_cache_dir"
             if not left_out:
-                assert f"--{field.name.replace('_', '-')} " in help_text or f"--{field.name.replace('_', '-')}," in help_text
+                assert (
+                    f"--{field.name.replace('_', '-')} " in help_text
+                    or f"--{field.name.replace('_', '-')}," in help_text
+                )
 
 
 def test_leaving_out_a_field_that_does_not_exist_is_an_error():
@@ -43,20 +46,25 @@ def test_help_is_there_for_every_command(command, capsys):
 
 
 def test_help_and_refusals_import_no_jax():
-    code = ("import sys\nfrom jpaged.cli.main import main\n"
-            "try: main(['generate', '--help'])\nexcept SystemExit: pass\n"
-            "assert main(['generate', 'x', '--temperature', '5']) == 2\n"
-            "assert not {'jax', 'transformers', 'flax'} & set(sys.modules), 'imported'")
+    code = (
+        "import sys\nfrom jpaged.cli.main import main\n"
+        "try: main(['generate', '--help'])\nexcept SystemExit: pass\n"
+        "assert main(['generate', 'x', '--temperature', '5']) == 2\n"
+        "assert not {'jax', 'transformers', 'flax'} & set(sys.modules), 'imported'"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["serve-it"], "serve-it"),
-    (["generate", "x", "--max-num-sequences", "3"], "--max-num-sequences"),
-    (["generate", "x", "--max-num-seqs", "many"], "--max-num-seqs"),
-    (["generate", "x", "--dtype", "float64"], "--dtype"),
-    (["bench"], "throughput"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve-it"], "serve-it"),
+        (["generate", "x", "--max-num-sequences", "3"], "--max-num-sequences"),
+        (["generate", "x", "--max-num-seqs", "many"], "--max-num-seqs"),
+        (["generate", "x", "--dtype", "float64"], "--dtype"),
+        (["bench"], "throughput"),
+    ],
+)
 def test_tyro_refuses_what_it_does_not_know(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
@@ -64,17 +72,20 @@ def test_tyro_refuses_what_it_does_not_know(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("arguments", "status", "message"), [
-    (["generate", "x", "--temperature", "nan"], 2, "temperature must be in [0, 2], not nan"),
-    (["generate", "x", "--max-num-seqs", "0"], 2, "max_num_seqs=0 must be"),
-    (["generate", "x", "--raw", "--system", "y"], 2, "--raw leaves out"),
-    (["generate", "x", "--model", "./no/such/model"], 1, "does not exist"),
-    (["chat", "--max-tokens", "0"], 2, "max_tokens must be"),
-    (["bench", "latency", "--num-iters", "0"], 2, "--num-iters 0"),
-    (["bench", "latency", "--batch-size", "4", "--max-num-seqs", "2"], 2, "below --batch-size 4"),
-    (["bench", "latency", "--output", "/no/such/folder/out.json"], 2, "not a file in an existing folder"),
-    (["bench", "throughput", "--dataset-path", "no-such.csv"], 2, "No such file"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["generate", "x", "--temperature", "nan"], 2, "temperature must be in [0, 2], not nan"),
+        (["generate", "x", "--max-num-seqs", "0"], 2, "max_num_seqs=0 must be"),
+        (["generate", "x", "--raw", "--system", "y"], 2, "--raw leaves out"),
+        (["generate", "x", "--model", "./no/such/model"], 1, "does not exist"),
+        (["chat", "--max-tokens", "0"], 2, "max_tokens must be"),
+        (["bench", "latency", "--num-iters", "0"], 2, "--num-iters 0"),
+        (["bench", "latency", "--batch-size", "4", "--max-num-seqs", "2"], 2, "below --batch-size 4"),
+        (["bench", "latency", "--output", "/no/such/folder/out.json"], 2, "not a file in an existing folder"),
+        (["bench", "throughput", "--dataset-path", "no-such.csv"], 2, "No such file"),
+    ],
+)
 def test_a_wrong_value_is_one_line_on_stderr(arguments, status, message, capsys):
     assert main(arguments) == status
     out, err = capsys.readouterr()

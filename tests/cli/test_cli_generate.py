@@ -48,8 +48,9 @@ def test_several_prompts_are_answered_in_order(jpaged, answers):
 
 
 def test_json_from_the_lines_of_stdin(jpaged, answers):
-    status, out, _ = jpaged("generate", "--json", "--max-tokens", "12", "--logprobs", "1",
-                            stdin=f"{QUESTION}\n\n  \nAnd that?\n")
+    status, out, _ = jpaged(
+        "generate", "--json", "--max-tokens", "12", "--logprobs", "1", stdin=f"{QUESTION}\n\n  \nAnd that?\n"
+    )
     first, second = (json.loads(line) for line in out.splitlines())
     assert status == 0
     assert [first["prompt"], second["prompt"]] == [QUESTION, "And that?"]

@@ -23,15 +23,25 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
     """Builds once; then makes engines with: num_blocks, max_num_batched_tokens, enable_prefix_caching, policy."""
     parts = build(config)
 
-    def make(num_blocks: int | None = None, max_num_batched_tokens: int | None = None,
-             enable_prefix_caching: bool = True, scheduling_policy: str = "fcfs", seed: int = 0) -> LLMEngine:
+    def make(
+        num_blocks: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        enable_prefix_caching: bool = True,
+        scheduling_policy: str = "fcfs",
+        seed: int = 0,
+    ) -> LLMEngine:
         rows, width = parts.blocks.tables.shape
         total = parts.blocks.allocator.num_blocks
         assert num_blocks is None or num_blocks <= total, "the shared pool is smaller than that"
-        blocks = BlockManager(num_blocks or total, config.block_size, rows, width,
-                              enable_prefix_caching=enable_prefix_caching)
-        scheduler = Scheduler(blocks, parts.scheduler.buckets, tile_size=config.prefill_tile_size,
-                              max_num_batched_tokens=max_num_batched_tokens or parts.scheduler.max_num_batched_tokens)
+        blocks = BlockManager(
+            num_blocks or total, config.block_size, rows, width, enable_prefix_caching=enable_prefix_caching
+        )
+        scheduler = Scheduler(
+            blocks,
+            parts.scheduler.buckets,
+            tile_size=config.prefill_tile_size,
+            max_num_batched_tokens=max_num_batched_tokens or parts.scheduler.max_num_batched_tokens,
+        )
         mine: Components = dataclasses.replace(parts, blocks=blocks, scheduler=scheduler)
         settings = dataclasses.replace(config, scheduling_policy=scheduling_policy, seed=seed)
         return LLMEngine(settings, components=mine)

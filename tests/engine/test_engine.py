@@ -30,11 +30,16 @@ def test_stop_string_across_and_inside_tokens(smollm2):
     for begin, end in ((3, 5), (7, 18), (10, 11)):
         stop = text[begin:end]
         first = text.index(stop)
-        output = generate(smollm2(), "The capital of France is", SamplingParams(temperature=0, max_tokens=24, stop=[stop]))
+        output = generate(
+            smollm2(), "The capital of France is", SamplingParams(temperature=0, max_tokens=24, stop=[stop])
+        )
         assert output.text == text[:first]
         assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-        kept = generate(smollm2(), "The capital of France is", SamplingParams(
-            temperature=0, max_tokens=24, stop=stop, include_stop_str_in_output=True))
+        kept = generate(
+            smollm2(),
+            "The capital of France is",
+            SamplingParams(temperature=0, max_tokens=24, stop=stop, include_stop_str_in_output=True),
+        )
         assert kept.text == text[: first + len(stop)]
 
 
@@ -42,8 +47,11 @@ def test_streamed_deltas_add_up_and_never_show_a_stop_string(smollm2):
     whole = generate(smollm2(), "Once upon a time", SamplingParams(temperature=0, max_tokens=30))
     stop = whole.text[40:52]
     engine = smollm2()
-    engine.add_request("d", "Once upon a time", SamplingParams(
-        temperature=0, max_tokens=30, stop=[stop], output_kind=RequestOutputKind.DELTA, logprobs=0))
+    engine.add_request(
+        "d",
+        "Once upon a time",
+        SamplingParams(temperature=0, max_tokens=30, stop=[stop], output_kind=RequestOutputKind.DELTA, logprobs=0),
+    )
     text, tokens, logprobs = "", [], []
     while engine.has_unfinished_requests():
         for output in engine.step():
@@ -63,14 +71,18 @@ def test_stop_token_min_tokens_and_ignore_eos(tiny):
     output = generate(tiny(), prompt_of(5, 6, 7), SamplingParams(temperature=0, max_tokens=12, stop_token_ids=[stop]))
     assert output.token_ids == tokens[: first + 1]
     assert (output.finish_reason, output.stop_reason) == ("stop", stop)
-    later = generate(tiny(), prompt_of(5, 6, 7), SamplingParams(temperature=0, max_tokens=12, min_tokens=9, stop_token_ids=[stop]))
+    later = generate(
+        tiny(), prompt_of(5, 6, 7), SamplingParams(temperature=0, max_tokens=12, min_tokens=9, stop_token_ids=[stop])
+    )
     assert stop not in later.token_ids[:9]
     assert len(later.token_ids) >= 9
 
 
 def test_max_tokens_and_context_length(tiny):
     assert generate(tiny(), prompt_of(5), GREEDY).finish_reason == "length"
-    to_the_end = generate(tiny(), prompt_of(*range(5, 205)), SamplingParams(temperature=0, max_tokens=None, ignore_eos=True))
+    to_the_end = generate(
+        tiny(), prompt_of(*range(5, 205)), SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    )
     assert len(to_the_end.token_ids) == 256 - 200
     assert to_the_end.finish_reason == "length"
 
@@ -82,13 +94,19 @@ def test_logit_bias_allowed_and_bad_words(smollm2):
     engine = smollm2()
     plain = generate(engine, "The capital of France is", SamplingParams(temperature=0, max_tokens=8))
     assert "Paris" in plain.text
-    without = generate(engine, "The capital of France is", SamplingParams(temperature=0, max_tokens=8, bad_words=["Paris"]))
+    without = generate(
+        engine, "The capital of France is", SamplingParams(temperature=0, max_tokens=8, bad_words=["Paris"])
+    )
     assert "Paris" not in without.text
     token = plain.token_ids[0]
-    biased = generate(engine, "The capital of France is", SamplingParams(temperature=0, max_tokens=8, logit_bias={token: -100}))
+    biased = generate(
+        engine, "The capital of France is", SamplingParams(temperature=0, max_tokens=8, logit_bias={token: -100})
+    )
     assert biased.token_ids[0] != token
     allowed = (100, 200, 300)
-    only = generate(engine, "The capital of France is", SamplingParams(max_tokens=8, allowed_token_ids=allowed, ignore_eos=True))
+    only = generate(
+        engine, "The capital of France is", SamplingParams(max_tokens=8, allowed_token_ids=allowed, ignore_eos=True)
+    )
     assert set(only.token_ids) <= set(allowed)
 
 
@@ -192,29 +210,32 @@ def test_priority_serves_the_urgent_first(tiny):
 # -------------------------------------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize(("prompt", "params", "message"), [
-    (prompt_of(), GREEDY, "empty"),
-    ("", GREEDY, "empty"),
-    (prompt_of(*[5] * 256), GREEDY, "max_model_len"),
-    (prompt_of(5, 384), GREEDY, "vocabulary"),
-    (prompt_of(5, -1), GREEDY, "vocabulary"),
-    (prompt_of(5, True), GREEDY, "vocabulary"),
-    ({"prompt_token_ids": [1.5]}, GREEDY, "vocabulary"),
-    ({"prompt_token_ids": ["5"]}, GREEDY, "vocabulary"),
-    ({"text": "hello"}, GREEDY, "prompt"),
-    (7, GREEDY, "prompt"),
-    (None, GREEDY, "prompt"),
-    ("\ud800", GREEDY, "Unicode"),
-    ([{"role": "user"}], GREEDY, "content"),
-    ([{"role": "user", "content": 3}], GREEDY, "content"),
-    (prompt_of(5) | {"cache_salt": 3}, GREEDY, "cache_salt"),
-    (prompt_of(5), SamplingParams(stop_token_ids=[384]), "stop_token_ids"),
-    (prompt_of(5), SamplingParams(logit_bias={384: 1.0}), "logit_bias"),
-    (prompt_of(5), SamplingParams(allowed_token_ids=[384]), "allowed_token_ids"),
-    (prompt_of(5), SamplingParams(allowed_token_ids=[2], min_tokens=3), "no token"),
-    (prompt_of(5), SamplingParams(bad_words=["a very long phrase that no table holds, and longer"]), "bad word"),
-    (prompt_of(5), SamplingParams(n=9), "max_num_seqs"),
-])
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        (prompt_of(), GREEDY, "empty"),
+        ("", GREEDY, "empty"),
+        (prompt_of(*[5] * 256), GREEDY, "max_model_len"),
+        (prompt_of(5, 384), GREEDY, "vocabulary"),
+        (prompt_of(5, -1), GREEDY, "vocabulary"),
+        (prompt_of(5, True), GREEDY, "vocabulary"),
+        ({"prompt_token_ids": [1.5]}, GREEDY, "vocabulary"),
+        ({"prompt_token_ids": ["5"]}, GREEDY, "vocabulary"),
+        ({"text": "hello"}, GREEDY, "prompt"),
+        (7, GREEDY, "prompt"),
+        (None, GREEDY, "prompt"),
+        ("\ud800", GREEDY, "Unicode"),
+        ([{"role": "user"}], GREEDY, "content"),
+        ([{"role": "user", "content": 3}], GREEDY, "content"),
+        (prompt_of(5) | {"cache_salt": 3}, GREEDY, "cache_salt"),
+        (prompt_of(5), SamplingParams(stop_token_ids=[384]), "stop_token_ids"),
+        (prompt_of(5), SamplingParams(logit_bias={384: 1.0}), "logit_bias"),
+        (prompt_of(5), SamplingParams(allowed_token_ids=[384]), "allowed_token_ids"),
+        (prompt_of(5), SamplingParams(allowed_token_ids=[2], min_tokens=3), "no token"),
+        (prompt_of(5), SamplingParams(bad_words=["a very long phrase that no table holds, and longer"]), "bad word"),
+        (prompt_of(5), SamplingParams(n=9), "max_num_seqs"),
+    ],
+)
 def test_bad_requests_are_refused_and_running_ones_untouched(tiny, prompt, params, message):
     engine = tiny()
     engine.add_request("good", prompt_of(5, 6, 7), GREEDY)
@@ -234,11 +255,20 @@ def test_what_can_never_fit_is_refused(tiny):
     assert len(run(engine)["b"].outputs[0].token_ids) == 40
 
 
-@pytest.mark.parametrize("arguments", [
-    {"block_size": 0}, {"dtype": "float8"}, {"gpu_memory_utilization": 1.5}, {"gpu_memory_utilization": float("nan")},
-    {"max_num_seqs": True}, {"scheduling_policy": "lottery"}, {"max_num_batched_tokens": 8}, {"watermark": -1.0},
-    {"num_gpu_blocks_override": 1},
-])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"block_size": 0},
+        {"dtype": "float8"},
+        {"gpu_memory_utilization": 1.5},
+        {"gpu_memory_utilization": float("nan")},
+        {"max_num_seqs": True},
+        {"scheduling_policy": "lottery"},
+        {"max_num_batched_tokens": 8},
+        {"watermark": -1.0},
+        {"num_gpu_blocks_override": 1},
+    ],
+)
 def test_bad_engine_arguments(arguments):
     from jpaged.config import EngineConfig
 
@@ -278,8 +308,10 @@ def test_interrupt_while_waiting_loses_nothing(tiny, monkeypatch):
     engine.step()
     engine.step()
     with monkeypatch.context() as patch:
+
         def interrupted(self):
             raise KeyboardInterrupt
+
         patch.setattr(StepResult, "read", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.step()

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jpaged import SamplingParams
-
 from tests.engine.support import GOLDENS, run
 
 CHATS = json.loads((GOLDENS / "smollm2_chats.json").read_text())
@@ -23,8 +22,14 @@ def check_chat(output, chat):
     completion = output.outputs[0]
     assert completion.token_ids == chat["output_token_ids"]
     assert completion.text == chat["output_text"]
-    for token, at, expected, ids, values in zip(completion.token_ids, completion.logprobs, chat["logprobs"],
-                                                chat["top5_ids"], chat["top5_logprobs"], strict=True):
+    for token, at, expected, ids, values in zip(
+        completion.token_ids,
+        completion.logprobs,
+        chat["logprobs"],
+        chat["top5_ids"],
+        chat["top5_logprobs"],
+        strict=True,
+    ):
         assert at[token].logprob == pytest.approx(expected, abs=1e-3)
         assert {t: at[t].logprob for t in ids} == pytest.approx(dict(zip(ids, values, strict=True)), abs=1e-3)
 
@@ -73,12 +78,17 @@ def test_preempted_aborted_and_in_chunks_of_64(smollm2):
 def test_tiny_llama_greedy(tiny, prompt):
     engine = tiny()
     ids = TINY[f"{prompt}_input_ids"].tolist()
-    engine.add_request("a", {"prompt_token_ids": ids},
-                       SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5, prompt_logprobs=5))
+    engine.add_request(
+        "a",
+        {"prompt_token_ids": ids},
+        SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, logprobs=5, prompt_logprobs=5),
+    )
     output = run(engine)["a"]
     completion = output.outputs[0]
     assert completion.token_ids == TINY[f"{prompt}_greedy_ids"].tolist()
-    for at, ids5, values in zip(completion.logprobs, TINY[f"{prompt}_top5_ids"], TINY[f"{prompt}_top5_logprobs"], strict=True):
+    for at, ids5, values in zip(
+        completion.logprobs, TINY[f"{prompt}_top5_ids"], TINY[f"{prompt}_top5_logprobs"], strict=True
+    ):
         assert [at[int(t)].logprob for t in ids5] == pytest.approx(values.tolist(), abs=1e-3)
         assert [at[int(t)].rank for t in ids5] == [1, 2, 3, 4, 5]
     logits = TINY[f"{prompt}_logits"].astype(np.float64)

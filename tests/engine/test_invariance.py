@@ -4,12 +4,13 @@ import hypothesis.strategies as st
 from hypothesis import HealthCheck, given, settings
 
 from jpaged import SamplingParams
-
 from tests.engine.support import run
 
 REQUESTS = [
-    ([5 + (7 * i + 3 * j) % 370 for j in range(length)],
-     SamplingParams(temperature=1.0, top_p=0.9, seed=1000 + i, max_tokens=out, ignore_eos=True))
+    (
+        [5 + (7 * i + 3 * j) % 370 for j in range(length)],
+        SamplingParams(temperature=1.0, top_p=0.9, seed=1000 + i, max_tokens=out, ignore_eos=True),
+    )
     for i, (length, out) in enumerate([(3, 20), (16, 12), (17, 30), (40, 8), (64, 16), (90, 25), (1, 40), (33, 10)])
 ]
 _alone: dict[int, list[int]] = {}
@@ -62,8 +63,9 @@ def test_small_pool_really_preempts(tiny):
         engine.add_request(str(i), {"prompt_token_ids": prompt}, params)
     finished = run(engine)
     assert engine.scheduler.num_preemptions > 0
-    assert [finished[str(i)].outputs[0].token_ids for i in range(len(REQUESTS))] == \
-        [alone(tiny, i) for i in range(len(REQUESTS))]
+    assert [finished[str(i)].outputs[0].token_ids for i in range(len(REQUESTS))] == [
+        alone(tiny, i) for i in range(len(REQUESTS))
+    ]
     assert max(finished[str(i)].metrics.num_preemptions for i in range(len(REQUESTS))) > 0
 
 
@@ -76,7 +78,9 @@ def test_samples_of_one_request_are_those_of_their_index(tiny):
     assert [o.index for o in outputs] == [0, 1, 2, 3]
     assert len({tuple(o.token_ids) for o in outputs}) == 4, "samples must differ"
     single = tiny(num_blocks=60)
-    single.add_request("1", {"prompt_token_ids": prompt}, SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True))
+    single.add_request(
+        "1", {"prompt_token_ids": prompt}, SamplingParams(temperature=1.0, seed=7, max_tokens=12, ignore_eos=True)
+    )
     assert run(single)["1"].outputs[0].token_ids == outputs[0].token_ids
 
 

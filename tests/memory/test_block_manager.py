@@ -162,8 +162,12 @@ def test_check_invariants_looks_at_the_tables_too():
 
 
 FAMILIES = [[0] * 24, [0] * 7 + [1] * 17, [1, 0] * 12]
-prompts = st.builds(lambda family, cut, tail: (family[:cut] + tail) or [0], st.sampled_from(FAMILIES),
-                    st.integers(0, 24), st.lists(st.integers(0, 1), max_size=2))
+prompts = st.builds(
+    lambda family, cut, tail: (family[:cut] + tail) or [0],
+    st.sampled_from(FAMILIES),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 1), max_size=2),
+)
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -175,7 +179,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
 
     ROWS, WIDTH = 4, 12
 
-    @initialize(num_blocks=st.integers(4, 20), size=st.integers(1, 4), caching=st.sampled_from([True, True, True, False]))
+    @initialize(
+        num_blocks=st.integers(4, 20), size=st.integers(1, 4), caching=st.sampled_from([True, True, True, False])
+    )
     def start(self, num_blocks, size, caching):
         self.size, self.caching = size, caching
         self.blocks = BlockManager(num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching)
@@ -192,8 +198,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 self.slots.pop((block, offset), None)
 
     @precondition(lambda self: len(self.open) < self.ROWS)
-    @rule(tokens=prompts, salt=st.sampled_from(["", "", "", "salt"]), use_cache=st.sampled_from([True, True, True, False]),
-          reserve=st.sampled_from([0, 0, 2]))
+    @rule(
+        tokens=prompts,
+        salt=st.sampled_from(["", "", "", "salt"]),
+        use_cache=st.sampled_from([True, True, True, False]),
+        reserve=st.sampled_from([0, 0, 2]),
+    )
     def try_open(self, tokens, salt, use_cache, reserve):
         tokens = tokens[: self.WIDTH * self.size]
         row = min(set(range(self.ROWS)) - set(self.open))

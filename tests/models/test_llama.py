@@ -43,8 +43,14 @@ def layout_for(table, start, length, chunk):
     empty = jnp.zeros((0, len(table)), jnp.int32)
     if chunk == 1:
         return PagedLayout(slots, table[None], jnp.array([start + 1]), empty, none, none)
-    return PagedLayout(jnp.where(jnp.arange(chunk) < length, slots, 0), empty, none, table[None],
-                       jnp.array([start]), jnp.array([length]))
+    return PagedLayout(
+        jnp.where(jnp.arange(chunk) < length, slots, 0),
+        empty,
+        none,
+        table[None],
+        jnp.array([start]),
+        jnp.array([length]),
+    )
 
 
 @pytest.mark.parametrize("prompt", ["p0", "p1"])
@@ -69,8 +75,9 @@ def test_paged_chunks_then_decode_in_a_scan(family, prompt):
 
     def decode(carry, position):
         token, pool = carry
-        hidden, pool = model.apply({"params": params}, token[None], position[None], pool,
-                                   layout_for(table, position, 1, 1))
+        hidden, pool = model.apply(
+            {"params": params}, token[None], position[None], pool, layout_for(table, position, 1, 1)
+        )
         token = logits_of(model, params, hidden)[0].argmax().astype(jnp.int32)
         return (token, pool), token
 
@@ -108,7 +115,9 @@ def test_apply_under_vmap(family):
     pools = jax.tree.map(lambda x: jnp.stack([x, x]), spec.allocate())
     layout = layout_for(table, 0, len(tokens), len(tokens))
     both = jnp.stack([tokens, tokens[::-1]])
-    hidden, _ = jax.vmap(lambda t, pool: model.apply({"params": params}, t, jnp.arange(len(tokens)), pool, layout))(both, pools)
+    hidden, _ = jax.vmap(lambda t, pool: model.apply({"params": params}, t, jnp.arange(len(tokens)), pool, layout))(
+        both, pools
+    )
     dense, _ = model.apply({"params": params}, both)
     np.testing.assert_allclose(hidden, dense, atol=1e-5)
 
@@ -128,12 +137,15 @@ def test_rope_variants_match_transformers():
     base = 1 / 10000 ** (np.arange(0, 16, 2) / 16)
     linear, _ = inverse_frequencies(RopeConfig(rope_type="linear", factor=4.0), 16)
     np.testing.assert_allclose(linear, base / 4, rtol=1e-6)
-    llama3 = RopeConfig(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                        original_max_position_embeddings=8192)
+    llama3 = RopeConfig(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+    )
     scaled, attention = inverse_frequencies(llama3, 16)
     wavelength = 2 * np.pi / base
     smooth = (8192 / wavelength - 1) / 3
-    expected = np.where(wavelength > 8192, base / 8, np.where(wavelength < 2048, base, (1 - smooth) * base / 8 + smooth * base))
+    expected = np.where(
+        wavelength > 8192, base / 8, np.where(wavelength < 2048, base, (1 - smooth) * base / 8 + smooth * base)
+    )
     np.testing.assert_allclose(scaled, expected, rtol=1e-6)
     assert attention == 1.0
     yarn = RopeConfig(rope_type="yarn", factor=4.0, original_max_position_embeddings=2048)
@@ -141,7 +153,12 @@ def test_rope_variants_match_transformers():
     assert attention == pytest.approx(0.1 * np.log(4) + 1)
     np.testing.assert_allclose(scaled[0], base[0], rtol=1e-6)  # fast dimensions stay
     np.testing.assert_allclose(scaled[-1], base[-1] / 4, rtol=1e-6)  # slow ones are interpolated
-    longrope = RopeConfig(rope_type="longrope", factor=4.0, original_max_position_embeddings=2048,
-                          short_factor=(1.0,) * 8, long_factor=(2.0,) * 8)
+    longrope = RopeConfig(
+        rope_type="longrope",
+        factor=4.0,
+        original_max_position_embeddings=2048,
+        short_factor=(1.0,) * 8,
+        long_factor=(2.0,) * 8,
+    )
     with pytest.raises(UnsupportedModelError, match="longrope"):
         inverse_frequencies(longrope, 16)

@@ -29,7 +29,9 @@ def make(case, dtype=jnp.float32, seed=0):
     kv = jnp.asarray(rng.standard_normal(pool_shape(count, block, kv_heads, size)), dtype)
     tables = 1 + rng.permutation(count - 1).reshape(rows, width).astype(np.int32)
     edges = [width * block, 1, block - 1, block, min(block + 1, width * block), 0]
-    lengths = np.array([edges[i] if i < len(edges) else rng.integers(0, width * block + 1) for i in range(rows)], np.int32)
+    lengths = np.array(
+        [edges[i] if i < len(edges) else rng.integers(0, width * block + 1) for i in range(rows)], np.int32
+    )
     for row, length in enumerate(lengths):
         tables[row, -(-length // block) :] = 0  # entries beyond the length are the null block
     options = {"scale": size**-0.5, "sliding_window": window, "logit_soft_cap": cap}

@@ -85,8 +85,14 @@ print(json.dumps({name.rsplit("/", 1)[1]: n for name, n in counts.items()}))
 def test_second_start_compiles_nothing(tmp_path):
     def start() -> dict:
         model = REPOSITORY / "tests" / "goldens" / "models" / "llama"
-        done = subprocess.run([sys.executable, "-c", COUNT_COMPILATIONS, str(model), str(tmp_path)], check=True,
-                              capture_output=True, text=True, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"})
+        done = subprocess.run(
+            [sys.executable, "-c", COUNT_COMPILATIONS, str(model), str(tmp_path)],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+            env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        )
         return json.loads(done.stdout.splitlines()[-1])
 
     first, second = start(), start()

@@ -56,8 +56,16 @@ def sample(made, logits, rows, positions, variant=EVERYTHING, samples=None):
     wanted = np.zeros(size, bool)
     wanted[:count] = True if samples is None else samples
     fill = [0] * (size - count)
-    tokens, results = _sample(made.tokens, made.parameters, made.rules, padded, np.array([*rows, *(ROWS for _ in fill)], np.int32),
-                              np.array([*positions, *fill], np.int32), wanted, variant=variant)
+    tokens, results = _sample(
+        made.tokens,
+        made.parameters,
+        made.rules,
+        padded,
+        np.array([*rows, *(ROWS for _ in fill)], np.int32),
+        np.array([*positions, *fill], np.int32),
+        wanted,
+        variant=variant,
+    )
     return np.asarray(results[:count, 0]), np.asarray(results[:count]), np.asarray(tokens)
 
 
@@ -86,14 +94,26 @@ def penalized(logits, prompt, output, presence, frequency, repetition):
 tokens_of = st.lists(st.integers(0, VOCAB - 1) | st.sampled_from([0, 5, VOCAB - 1]), max_size=10)
 
 
-@given(prompt=tokens_of.filter(len), output=tokens_of, presence=st.floats(-2, 2), frequency=st.floats(-2, 2),
-       repetition=st.floats(0.05, 2), seed=st.integers(0, 99))
+@given(
+    prompt=tokens_of.filter(len),
+    output=tokens_of,
+    presence=st.floats(-2, 2),
+    frequency=st.floats(-2, 2),
+    repetition=st.floats(0.05, 2),
+    seed=st.integers(0, 99),
+)
 def test_penalties_are_vllms(prompt, output, presence, frequency, repetition, seed):
-    made = batch(row(prompt, output, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition))
+    made = batch(
+        row(prompt, output, presence_penalty=presence, frequency_penalty=frequency, repetition_penalty=repetition)
+    )
     made = made._replace(tokens=made.tokens.at[:, len(prompt) + len(output) :].set(7))  # of whoever had the row before
     logits = distinct_logits(seed)
-    found = _penalize(made.parameters[:1], jnp.asarray(logits)[None], made.tokens[:1], np.array([len(prompt) + len(output)]))
-    np.testing.assert_allclose(found[0], penalized(logits, prompt, output, presence, frequency, repetition), rtol=1e-5, atol=1e-5)
+    found = _penalize(
+        made.parameters[:1], jnp.asarray(logits)[None], made.tokens[:1], np.array([len(prompt) + len(output)])
+    )
+    np.testing.assert_allclose(
+        found[0], penalized(logits, prompt, output, presence, frequency, repetition), rtol=1e-5, atol=1e-5
+    )
 
 
 @jax.jit
@@ -126,7 +146,9 @@ _apply_rules = jax.jit(sampler.apply_rules)
 def ruled(made, logits, lengths):
     """What the rules of rows 0, 1, ... make of their logits."""
     n = len(lengths)
-    return np.asarray(_apply_rules(jnp.asarray(logits), made.tokens[:n], np.array(lengths), jax.tree.map(lambda x: x[:n], made.rules)))
+    return np.asarray(
+        _apply_rules(jnp.asarray(logits), made.tokens[:n], np.array(lengths), jax.tree.map(lambda x: x[:n], made.rules))
+    )
 
 
 def test_bias_is_added_to_its_tokens_alone():
@@ -152,19 +174,22 @@ def test_the_allowed_mask_on_any_vocabulary(vocab):
         np.testing.assert_array_equal(found[1], logits, "the row without rules")
 
 
-@pytest.mark.parametrize(("word", "text", "banned"), [
-    ([5], [1], 5),
-    ([5], [5, 5], 5),
-    ([2, 5], [1, 2], 5),
-    ([2, 5], [2, 1], None),
-    ([2, 5], [2], 5),
-    ([1, 2, 5], [1, 2], 5),
-    ([3, 1, 2, 5], [1, 2], None),  # the text is shorter than the word's beginning
-    ([0, 0, 5], [0], None),  # ... and what stands before it is not token 0
-    ([5, 5], [9, 5], 5),
-    ([1, 2, 3, 4, 5, 6, 7, 8], [9, 1, 2, 3, 4, 5, 6, 7], 8),
-    ([1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 2, 3, 4, 5, 6, 7], None),
-])
+@pytest.mark.parametrize(
+    ("word", "text", "banned"),
+    [
+        ([5], [1], 5),
+        ([5], [5, 5], 5),
+        ([2, 5], [1, 2], 5),
+        ([2, 5], [2, 1], None),
+        ([2, 5], [2], 5),
+        ([1, 2, 5], [1, 2], 5),
+        ([3, 1, 2, 5], [1, 2], None),  # the text is shorter than the word's beginning
+        ([0, 0, 5], [0], None),  # ... and what stands before it is not token 0
+        ([5, 5], [9, 5], 5),
+        ([1, 2, 3, 4, 5, 6, 7, 8], [9, 1, 2, 3, 4, 5, 6, 7], 8),
+        ([1, 2, 3, 4, 5, 6, 7, 8], [9, 9, 2, 3, 4, 5, 6, 7], None),
+    ],
+)
 def test_bad_words_end_nowhere(word, text, banned):
     made = batch(row(text[:1], text[1:], bad_words=[[40, 41], word]), row(text))
     logits = distinct_logits(2)
@@ -214,16 +239,23 @@ SLACK = 2e-6  # of float32 sums over the vocabulary
 
 
 @settings(max_examples=300)
-@given(seed=st.integers(0, 10_000), scale=st.sampled_from([0.01, 1.0, 3.0, 30.0]), top_k=st.integers(0, VOCAB + 3),
-       top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([1.0, 0.9, 1e-6]),
-       min_p=st.floats(0, 1) | st.sampled_from([0.0, 1.0]), masked=st.booleans())
+@given(
+    seed=st.integers(0, 10_000),
+    scale=st.sampled_from([0.01, 1.0, 3.0, 30.0]),
+    top_k=st.integers(0, VOCAB + 3),
+    top_p=st.floats(0, 1, exclude_min=True) | st.sampled_from([1.0, 0.9, 1e-6]),
+    min_p=st.floats(0, 1) | st.sampled_from([0.0, 1.0]),
+    masked=st.booleans(),
+)
 def test_filters_keep_exactly_what_sorting_keeps(seed, scale, top_k, top_p, min_p, masked):
     logits = distinct_logits(seed, scale=scale)
     if masked:
         logits[np.random.default_rng(seed).random(VOCAB) < 0.5] = -np.inf
         logits[seed % VOCAB] = 1.0
     assert len(set(logits[logits > -np.inf])) == (logits > -np.inf).sum(), "no ties here"
-    found = np.asarray(_truncate(logits[None], np.array([top_k]), np.array([top_p], np.float32), np.array([min_p], np.float32))[0])
+    found = np.asarray(
+        _truncate(logits[None], np.array([top_k]), np.array([top_p], np.float32), np.array([min_p], np.float32))[0]
+    )
     kept = set(np.flatnonzero(found > -np.inf))
     assert kept_by(logits, top_k, top_p, min_p, -SLACK) <= kept <= kept_by(logits, top_k, top_p, min_p, SLACK)
     np.testing.assert_array_equal(found[sorted(kept)], logits[sorted(kept)])
@@ -267,7 +299,11 @@ def test_tokens_that_tie_with_the_last_one_kept_are_kept():
 
 def test_rows_are_filtered_by_their_own_parameters():
     logits = distinct_logits(5, (4, VOCAB))
-    top_k, top_p, min_p = np.array([0, 3, 0, 7]), np.array([1.0, 1.0, 0.7, 0.9], np.float32), np.array([0.2, 0, 0, 0.01], np.float32)
+    top_k, top_p, min_p = (
+        np.array([0, 3, 0, 7]),
+        np.array([1.0, 1.0, 0.7, 0.9], np.float32),
+        np.array([0.2, 0, 0, 0.01], np.float32),
+    )
     found = np.asarray(_truncate(logits, top_k, top_p, min_p))
     for i in range(4):
         assert set(np.flatnonzero(found[i] > -np.inf)) == kept_by(logits[i], top_k[i], top_p[i], min_p[i])
@@ -304,7 +340,9 @@ def test_draws_are_distributed_as_softmax(vocab, draws, scale):
     counts = np.zeros(vocab)
     for some in np.split(keys(draws, seed=1), draws // 200):
         np.add.at(counts, np.asarray(draw_some(some)), 1)
-    cells = np.minimum(np.cumsum(probabilities[np.argsort(-logits)]) * 20, 19).astype(int)  # of likely and unlikely ones
+    cells = np.minimum(np.cumsum(probabilities[np.argsort(-logits)]) * 20, 19).astype(
+        int
+    )  # of likely and unlikely ones
     expected = np.bincount(cells, probabilities[np.argsort(-logits)], 20) * draws
     observed = np.bincount(cells, counts[np.argsort(-logits)], 20)
     used = expected > 0
@@ -361,7 +399,14 @@ def test_every_part_of_the_key_counts():
         logits = np.zeros((20, VOCAB), np.float32)
         return tuple(sample(made, logits, [0] * 20, range(first, first + 20), Variant(sample=True))[0])
 
-    streams = [stream(), stream(seed=8), stream(seed=7 + 2**32), stream(seed=7 + 2**63), stream(index=1), stream(first=2)]
+    streams = [
+        stream(),
+        stream(seed=8),
+        stream(seed=7 + 2**32),
+        stream(seed=7 + 2**63),
+        stream(index=1),
+        stream(first=2),
+    ]
     assert len(set(streams)) == len(streams)
     assert stream()[1:] == stream(first=2)[:-1], "the stream itself is a function of the position"
     assert len(set(stream())) > 10
@@ -383,8 +428,19 @@ def test_neutral_parameters_change_nothing_whatever_is_compiled_in():
 
 def test_a_greedy_row_beside_rows_that_ask_for_everything():
     greedy = row([1, 2], [3])
-    wild = row([4], [5, 5], temperature=2, top_k=3, top_p=0.5, min_p=0.1, presence_penalty=1, logit_bias={2: 50.0}, seed=1,
-               allowed_token_ids=[1, 2, 3], bad_words=[[1]])
+    wild = row(
+        [4],
+        [5, 5],
+        temperature=2,
+        top_k=3,
+        top_p=0.5,
+        min_p=0.1,
+        presence_penalty=1,
+        logit_bias={2: 50.0},
+        seed=1,
+        allowed_token_ids=[1, 2, 3],
+        bad_words=[[1]],
+    )
     logits = distinct_logits(12, (2, VOCAB))
     made = batch(greedy, wild)
     chosen = sample(made, logits, [0, 1], [3, 3])[0]
@@ -418,7 +474,9 @@ def test_logprobs_are_of_the_raw_distribution(count):
         assert results.shape == (3, 1)
         return
     wide = logits.astype(np.float64)
-    log_softmax = wide - np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1, keepdims=True)) - wide.max(1, keepdims=True)
+    log_softmax = (
+        wide - np.log(np.exp(wide - wide.max(1, keepdims=True)).sum(1, keepdims=True)) - wide.max(1, keepdims=True)
+    )
     floats = results.view(np.float32)
     each = np.arange(3)
     assert results.shape == (3, 3 + 2 * count)

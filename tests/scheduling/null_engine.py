@@ -44,8 +44,17 @@ def next_token(prefix: int, seed: int, index: int) -> int:
 class Device:
     """The batch state, the pool, and steps that run on them."""
 
-    def __init__(self, prefixes: Prefixes, *, rows: int, max_len: int, num_blocks: int, block_size: int, tile_size: int,
-                 looks: bool) -> None:
+    def __init__(
+        self,
+        prefixes: Prefixes,
+        *,
+        rows: int,
+        max_len: int,
+        num_blocks: int,
+        block_size: int,
+        tile_size: int,
+        looks: bool,
+    ) -> None:
         self.prefixes, self.block_size, self.tile_size, self.looks = prefixes, block_size, tile_size, looks
         self.null_row = rows
         self.tokens = np.zeros((rows + 1, max_len), np.int32)
@@ -95,7 +104,9 @@ class Device:
         for row, start, end, _ in work:
             chain = self._chains[row]
             while len(chain) < end:
-                chain.append(self.prefixes.extend(chain[-1] if chain else Prefixes.EMPTY, int(self.tokens[row, len(chain)])))
+                chain.append(
+                    self.prefixes.extend(chain[-1] if chain else Prefixes.EMPTY, int(self.tokens[row, len(chain)]))
+                )
             slots = self._slots(row, start, end)
             assert (slots >= self.block_size).all(), f"row {row} writes to the null block"
             assert not written & set(slots.tolist()), f"row {row} writes where another one does"
@@ -120,17 +131,45 @@ class NullEngine:
         caller's business.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, rows: int, max_len: int, tile_size: int, budget: int,
-                 watermark: float = 0.01, caching: bool = True, max_tiles: int | None = None,
-                 checked: bool = True) -> None:
-        self.blocks = BlockManager(num_blocks + 1, block_size, rows, -(-max_len // block_size), watermark=watermark,
-                                   enable_prefix_caching=caching)
-        self.scheduler = Scheduler(self.blocks, make_buckets(rows, max_tiles or budget // tile_size, tile_size),
-                                   tile_size=tile_size, max_num_batched_tokens=budget)
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        rows: int,
+        max_len: int,
+        tile_size: int,
+        budget: int,
+        watermark: float = 0.01,
+        caching: bool = True,
+        max_tiles: int | None = None,
+        checked: bool = True,
+    ) -> None:
+        self.blocks = BlockManager(
+            num_blocks + 1,
+            block_size,
+            rows,
+            -(-max_len // block_size),
+            watermark=watermark,
+            enable_prefix_caching=caching,
+        )
+        self.scheduler = Scheduler(
+            self.blocks,
+            make_buckets(rows, max_tiles or budget // tile_size, tile_size),
+            tile_size=tile_size,
+            max_num_batched_tokens=budget,
+        )
         self.max_len, self.budget, self.checked = max_len, budget, checked
         self.prefixes = Prefixes()
-        self.device = Device(self.prefixes, rows=rows, max_len=max_len, num_blocks=num_blocks + 1,
-                             block_size=block_size, tile_size=tile_size, looks=checked)
+        self.device = Device(
+            self.prefixes,
+            rows=rows,
+            max_len=max_len,
+            num_blocks=num_blocks + 1,
+            block_size=block_size,
+            tile_size=tile_size,
+            looks=checked,
+        )
         self.groups: list[SequenceGroup] = []  # all that were ever added, by arrival
         self.num_steps = 0
         self.first_scheduled: list[SequenceGroup] = []
@@ -146,15 +185,37 @@ class NullEngine:
     def has_work(self) -> bool:
         return bool(self.unfinished or self._in_flight)
 
-    def add(self, prompt: list[int], max_tokens: int, *, n: int = 1, priority: int = 0, salt: str = "", stop: bool = False,
-            prompt_logprobs: int | None = None) -> SequenceGroup:
+    def add(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        salt: str = "",
+        stop: bool = False,
+        prompt_logprobs: int | None = None,
+    ) -> SequenceGroup:
         arrival = next(self._arrivals)
-        params = SamplingParams(n=n, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs,
-                                stop_token_ids=[STOP_TOKEN] if stop else [])
-        group = SequenceGroup(f"request-{arrival}", None, prompt, params, seed=len(prompt) % 2, order=(priority, arrival),
-                              metrics=RequestMetrics(arrival_time=0.0), cache_salt=salt)
-        group.sequences = [Sequence(group, i, list(prompt), min(len(prompt) + max_tokens, self.max_len),
-                                    frozenset(params.stop_token_ids)) for i in range(n)]
+        params = SamplingParams(
+            n=n, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs, stop_token_ids=[STOP_TOKEN] if stop else []
+        )
+        group = SequenceGroup(
+            f"request-{arrival}",
+            None,
+            prompt,
+            params,
+            seed=len(prompt) % 2,
+            order=(priority, arrival),
+            metrics=RequestMetrics(arrival_time=0.0),
+            cache_salt=salt,
+        )
+        group.sequences = [
+            Sequence(
+                group, i, list(prompt), min(len(prompt) + max_tokens, self.max_len), frozenset(params.stop_token_ids)
+            )
+            for i in range(n)
+        ]
         self.scheduler.add(group)
         self.groups.append(group)
         # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their

@@ -13,22 +13,39 @@ from jpaged.sequence import FinishReason
 from tests.scheduling.null_engine import VOCAB, NullEngine
 
 FAMILIES = [[0] * 40, [0] * 9 + [1] * 31, [1, 2, 3, 0] * 10, list(range(4)) * 3 + [2] * 28]
-prompts = st.builds(lambda family, cut, tail: family[:cut] + tail, st.sampled_from(FAMILIES), st.integers(0, 20),
-                    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=2))
-requests = st.fixed_dictionaries({
-    "prompt": prompts, "max_tokens": st.integers(1, 20), "n": st.sampled_from([1, 1, 1, 1, 2, 3]), "stop": st.booleans(),
-    "priority": st.integers(-2, 2), "salt": st.sampled_from(["", "", "", "salt"]),
-    "prompt_logprobs": st.sampled_from([None, None, None, None, 0])})
+prompts = st.builds(
+    lambda family, cut, tail: family[:cut] + tail,
+    st.sampled_from(FAMILIES),
+    st.integers(0, 20),
+    st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=2),
+)
+requests = st.fixed_dictionaries(
+    {
+        "prompt": prompts,
+        "max_tokens": st.integers(1, 20),
+        "n": st.sampled_from([1, 1, 1, 1, 2, 3]),
+        "stop": st.booleans(),
+        "priority": st.integers(-2, 2),
+        "salt": st.sampled_from(["", "", "", "salt"]),
+        "prompt_logprobs": st.sampled_from([None, None, None, None, 0]),
+    }
+)
 
 
 @st.composite
 def engines(draw):
     tile, size = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4]))
     return NullEngine(
-        num_blocks=draw(st.integers(20, 50)) // size, block_size=size, rows=draw(st.integers(1, 6)), max_len=48,
-        tile_size=tile, budget=tile * draw(st.integers(1, 6)) + draw(st.integers(0, 6)),
-        watermark=draw(st.sampled_from([0.0, 0.01, 0.2])), caching=draw(st.sampled_from([True, True, False])),
-        max_tiles=draw(st.sampled_from([None, 1, 2])))
+        num_blocks=draw(st.integers(20, 50)) // size,
+        block_size=size,
+        rows=draw(st.integers(1, 6)),
+        max_len=48,
+        tile_size=tile,
+        budget=tile * draw(st.integers(1, 6)) + draw(st.integers(0, 6)),
+        watermark=draw(st.sampled_from([0.0, 0.01, 0.2])),
+        caching=draw(st.sampled_from([True, True, False])),
+        max_tiles=draw(st.sampled_from([None, 1, 2])),
+    )
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -103,11 +120,15 @@ def test_outputs_do_not_depend_on_the_pool(caching):
     """The same requests in a roomy pool and in ever smaller ones: the same outputs, only later."""
     steps = []
     for num_blocks in (400, 24, 12, 8):
-        engine = NullEngine(num_blocks=num_blocks, block_size=4, rows=6, max_len=48, tile_size=4, budget=24, caching=caching)
+        engine = NullEngine(
+            num_blocks=num_blocks, block_size=4, rows=6, max_len=48, tile_size=4, budget=24, caching=caching
+        )
         rng = random.Random(5)
         for _ in range(30):
             family = rng.choice(FAMILIES)
-            engine.add([*family[: rng.randrange(1, 20)], rng.randrange(VOCAB)], rng.randrange(1, 12), stop=rng.random() < 0.3)
+            engine.add(
+                [*family[: rng.randrange(1, 20)], rng.randrange(VOCAB)], rng.randrange(1, 12), stop=rng.random() < 0.3
+            )
         engine.drain()
         engine.check_outputs()
         steps.append(engine.num_steps)
@@ -140,8 +161,14 @@ def test_no_block_is_held_after_100_000_random_operations():
         kind = rng.random()
         if kind < 0.2 and len(engine.unfinished) < 40:
             family = rng.choice(FAMILIES)
-            engine.add([*family[: rng.randrange(12)], rng.randrange(VOCAB)], rng.randrange(1, 40), stop=rng.random() < 0.3,
-                       n=rng.choice([1, 1, 1, 1, 2]), priority=rng.choice([0, 0, 0, -1, 1]), salt=rng.choice(["", "", "salt"]))
+            engine.add(
+                [*family[: rng.randrange(12)], rng.randrange(VOCAB)],
+                rng.randrange(1, 40),
+                stop=rng.random() < 0.3,
+                n=rng.choice([1, 1, 1, 1, 2]),
+                priority=rng.choice([0, 0, 0, -1, 1]),
+                salt=rng.choice(["", "", "salt"]),
+            )
             added += 1
         elif kind < 0.23 and engine.unfinished:
             engine.abort(rng.choice(engine.unfinished))

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 
 # The same prompts come again and again: with the prefix cache only the first time would be measured.
 EngineFlags = flags_of(
-    EngineConfig, "LatencyEngine", defaults={"warmup": False, "enable_prefix_caching": False},
-    helps={"max_num_seqs": "Most sequences running at once; None: the batch size."})
+    EngineConfig,
+    "LatencyEngine",
+    defaults={"warmup": False, "enable_prefix_caching": False},
+    helps={"max_num_seqs": "Most sequences running at once; None: the batch size."},
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,8 +56,13 @@ class Latency:
 
     def run(self) -> int:
         self.result.check()
-        check_counts(batch_size=self.batch_size, input_len=self.input_len, output_len=self.output_len,
-                     num_iters_warmup=self.num_iters_warmup, num_iters=self.num_iters)
+        check_counts(
+            batch_size=self.batch_size,
+            input_len=self.input_len,
+            output_len=self.output_len,
+            num_iters_warmup=self.num_iters_warmup,
+            num_iters=self.num_iters,
+        )
         wanted: Any = self.engine
         rows = self.batch_size if wanted.max_num_seqs is None else wanted.max_num_seqs
         config = build(EngineConfig, wanted, max_num_seqs=rows)
@@ -76,11 +84,18 @@ class Latency:
             with status.doing(f"iteration {i + 1} of {self.num_iters}"):
                 latencies.append(_iteration(engine, prompts, self.output_len))
         result: dict[str, Any] = {
-            "avg_latency": sum(latencies) / len(latencies), "latencies": latencies,
-            "percentiles": percentiles(latencies), "batch_size": self.batch_size, "input_len": self.input_len,
-            "output_len": self.output_len} | environment(config.model)
-        self.result.give(result, [f"Average latency: {result['avg_latency']:.3f} s"] + [
-            f"{p} % percentile: {value:.3f} s" for p, value in result["percentiles"].items()])
+            "avg_latency": sum(latencies) / len(latencies),
+            "latencies": latencies,
+            "percentiles": percentiles(latencies),
+            "batch_size": self.batch_size,
+            "input_len": self.input_len,
+            "output_len": self.output_len,
+        } | environment(config.model)
+        self.result.give(
+            result,
+            [f"Average latency: {result['avg_latency']:.3f} s"]
+            + [f"{p} % percentile: {value:.3f} s" for p, value in result["percentiles"].items()],
+        )
         return 0
 
 

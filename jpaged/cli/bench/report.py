@@ -48,8 +48,13 @@ def environment(model: str) -> dict[str, Any]:
     """What every result says about where it comes from."""
     import jax
 
-    return {"backend": "jpaged", "jpaged_version": jpaged.__version__, "jax_version": jax.__version__,
-            "device": jax.devices()[0].device_kind, "model_id": model}
+    return {
+        "backend": "jpaged",
+        "jpaged_version": jpaged.__version__,
+        "jax_version": jax.__version__,
+        "device": jax.devices()[0].device_kind,
+        "model_id": model,
+    }
 
 
 def percentiles(values: list[float]) -> dict[str, float]:
@@ -71,13 +76,20 @@ def check_counts(**counts: int) -> None:
 def check_lengths(engine: "LLMEngine", input_len: int, output_len: int) -> None:
     """Otherwise the engine would end the answers early, and fewer tokens would be measured than asked for."""
     if input_len + output_len > engine.max_model_len:
-        raise InvalidConfigError(f"{input_len} prompt tokens and {output_len} output tokens do not fit into "
-                                 f"max_model_len={engine.max_model_len}.")
+        raise InvalidConfigError(
+            f"{input_len} prompt tokens and {output_len} output tokens do not fit into "
+            f"max_model_len={engine.max_model_len}."
+        )
 
 
 def fixed_length(output_len: int) -> "SamplingParams":
     """Greedy, exactly so many tokens, no text."""
     from jpaged.sampling_params import RequestOutputKind, SamplingParams
 
-    return SamplingParams(temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False,
-                          output_kind=RequestOutputKind.FINAL_ONLY)
+    return SamplingParams(
+        temperature=0.0,
+        max_tokens=output_len,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )

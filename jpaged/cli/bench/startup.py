@@ -90,5 +90,7 @@ def _summary(kind: str, starts: list[dict[str, Any]]) -> dict[str, Any]:
 def _lines(kind: str, result: dict[str, Any]) -> list[str]:
     ready, first = result[f"avg_{kind}_startup_time"], result[f"avg_{kind}_first_token_time"]
     compiled, loaded = result[f"{kind}_num_compiled"][-1], result[f"{kind}_num_loaded_from_cache"][-1]
-    return [f"{kind.capitalize()} start: ready after {ready:.2f} s, first token after {first:.2f} s "
-            f"({compiled} programs compiled, {loaded} loaded from the cache)"]
+    return [
+        f"{kind.capitalize()} start: ready after {ready:.2f} s, first token after {first:.2f} s "
+        f"({compiled} programs compiled, {loaded} loaded from the cache)"
+    ]

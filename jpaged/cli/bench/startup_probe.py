@@ -28,8 +28,16 @@ def main() -> None:
     engine.add_request("0", {"prompt_token_ids": [1] * 32}, fixed_length(1))
     while engine.has_unfinished_requests():
         engine.step()
-    print(json.dumps({"ready_time": ready, "first_token_time": time.time() - job["started_at"],
-                      "num_compiled": events.misses, "num_loaded_from_cache": events.hits}))
+    print(
+        json.dumps(
+            {
+                "ready_time": ready,
+                "first_token_time": time.time() - job["started_at"],
+                "num_compiled": events.misses,
+                "num_loaded_from_cache": events.hits,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from jpaged.outputs import RequestOutput
     from jpaged.tokenization import TokensPrompt
 
-EngineFlags = flags_of(EngineConfig, "ThroughputEngine", defaults={"warmup": False}, helps={
-    "warmup": "Compile every step shape before; False: run all requests once before the measured run."})
+EngineFlags = flags_of(
+    EngineConfig,
+    "ThroughputEngine",
+    defaults={"warmup": False},
+    helps={"warmup": "Compile every step shape before; False: run all requests once before the measured run."},
+)
 _MAX_ROWS = 1_000_000
 
 
@@ -87,13 +91,17 @@ def read_trace(path: Path, most: int) -> list[tuple[int, int]]:
     """(prompt tokens, output tokens) of the first rows of a trace."""
     try:
         with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            rows = [(int(row["prompt_tokens"]), int(row["output_tokens"]))
-                    for _, row in zip(range(min(most, _MAX_ROWS)), csv.DictReader(file), strict=False)]
+            rows = [
+                (int(row["prompt_tokens"]), int(row["output_tokens"]))
+                for _, row in zip(range(min(most, _MAX_ROWS)), csv.DictReader(file), strict=False)
+            ]
     except OSError as error:
         raise InvalidConfigError(f"--dataset-path {path}: {error.strerror or error}.") from error
     except (KeyError, ValueError, TypeError) as error:
-        raise InvalidConfigError(f"--dataset-path {path}: a CSV file with columns arrival_s, prompt_tokens "
-                                 f"and output_tokens is expected ({error}).") from error
+        raise InvalidConfigError(
+            f"--dataset-path {path}: a CSV file with columns arrival_s, prompt_tokens "
+            f"and output_tokens is expected ({error})."
+        ) from error
     if not rows or any(p < 1 or o < 1 for p, o in rows):
         raise InvalidConfigError(f"--dataset-path {path}: it has no rows, or lengths below 1.")
     return rows
