@@ -1,8 +1,8 @@
 """Paged attention: one function per operation, whatever platform implements it.
 
 A layer's pool is one array [num_blocks, 2, Hkv, block_size, D]: a block holds `block_size` tokens, its keys at [:, 0]
-and its values at [:, 1], so that copying or swapping a block moves one contiguous run. Block 0 is the null block: padding
-writes there, and nothing that matters reads it.
+and its values at [:, 1], so that copying or swapping a block moves one contiguous run. Block 0 is the null block:
+padding writes there, and nothing that matters reads it.
 """
 
 import jax
