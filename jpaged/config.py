@@ -27,15 +27,15 @@ class EngineConfig:
     max_model_len: int | None = None
     """Most tokens of a sequence, prompt included; None: the model's own, but at most 8192."""
     max_num_seqs: int | None = None
-    """Most sequences running at once; None: 64 on CPU, 256 on GPU."""
+    """Most sequences running at once; None: 32 on CPU, 256 on GPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; None: 576 on CPU, 2048 on GPU. Smaller: shorter waits between tokens."""
+    """Most tokens in one step; None: max_num_seqs and 512 (CPU) or 2048 (GPU) more. Smaller: shorter waits between tokens."""
     block_size: int = 16
     """Tokens of one KV cache block."""
     num_gpu_blocks_override: int | None = None
     """Blocks of the pool (on whatever device), instead of a memory budget."""
     kv_cache_memory_bytes: int | None = None
-    """Bytes for the KV cache; None: see gpu_memory_utilization (GPU), or a tenth of free memory (CPU)."""
+    """Bytes for the KV cache; None: see gpu_memory_utilization (GPU), or at most 1 GiB (CPU)."""
     gpu_memory_utilization: float = 0.92
     """Share of the GPU's memory for weights, step and KV cache together."""
     enable_prefix_caching: bool = True

@@ -3,9 +3,11 @@
 checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,7 @@ from jpaged.models.rope import max_trained_length
 from jpaged.progress import Progress
 from jpaged.runtime import compile_cache
 from jpaged.runtime.host_memory import keep_freed_memory
-from jpaged.runtime.kv_pool import KVPoolSpec, blocks_in_budget, cpu_budget
+from jpaged.runtime.kv_pool import KVPoolSpec, available_host_memory, blocks_in_budget, cpu_budget, stable_blocks
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
 from jpaged.scheduling.plan import make_buckets
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("jpaged")
 
 _DEFAULT_MODEL_LEN = 8192
-WARM_VARIANTS = (Variant(), Variant(sample=True), Variant(sample=True, truncate=True))
+WARM_VARIANTS = (Variant(), Variant(sample=True))
 """Samplers that are compiled before the first request; the others when they are first needed."""
 
 
@@ -137,7 +139,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
             f"max_model_len={max_model_len} is beyond the {longest} tokens that the model was "
             "trained for: positions past them are meaningless."
         )
-    seqs = config.max_num_seqs or (64 if on_cpu else 256)
+    seqs = config.max_num_seqs or (32 if on_cpu else 256)
     tile = config.prefill_tile_size
     batched = config.max_num_batched_tokens or (512 + seqs if on_cpu else 2048 + seqs)
     # The prefill lane takes what the longest decode lane leaves, and one tile at least.
@@ -156,9 +158,13 @@ def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:
     """Compiles every step shape with a progress bar and an estimate of the time left."""
     jobs: list[Callable[[], Any]] = [functools.partial(runner.compile_forward, bucket) for bucket in buckets]
     jobs += [functools.partial(runner.compile_sample, b, variant) for b in buckets for variant in WARM_VARIANTS]
-    with Progress("compiling steps", total=len(jobs)) as progress:
-        for compile_one in jobs:
-            compile_one()
+    with (
+        Progress("compiling steps", total=len(jobs)) as progress,
+        concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool,
+    ):
+        # XLA compiles, and loads what is in the cache, without holding the interpreter.
+        for done in concurrent.futures.as_completed([pool.submit(job) for job in jobs]):
+            done.result()
             progress.advance()
 
 
@@ -176,8 +182,8 @@ def _num_blocks(config: EngineConfig, limits: Limits, runner: Runner) -> int:
     if config.kv_cache_memory_bytes is not None:
         return blocks_in_budget(config.kv_cache_memory_bytes, runner.spec, useful)
     if jax.default_backend() == "cpu":
-        return blocks_in_budget(cpu_budget(), runner.spec, useful)
-    return blocks_in_budget(_gpu_budget(config, limits, runner), runner.spec, useful)
+        return blocks_in_budget(cpu_budget(available_host_memory()), runner.spec, useful)
+    return stable_blocks(blocks_in_budget(_gpu_budget(config, limits, runner), runner.spec, useful))
 
 
 def _gpu_budget(config: EngineConfig, limits: Limits, runner: Runner) -> int:

@@ -99,3 +99,14 @@ def test_second_start_compiles_nothing(tmp_path):
     assert first["cache_misses"] > 0
     assert second.get("cache_misses", 0) == 0
     assert second["cache_hits"] >= first["cache_misses"]
+
+
+def test_pool_sizes_do_not_follow_free_memory_to_the_byte():
+    """The pool's shape is compiled into every step, so it must be the same at the next start."""
+    from jpaged.runtime.kv_pool import cpu_budget, stable_blocks
+
+    assert {cpu_budget(free) for free in range(9 << 30, 200 << 30, 123456789)} == {1 << 30}
+    assert cpu_budget(5 << 30) == cpu_budget(7 << 30) == 512 << 20
+    assert cpu_budget(0) == cpu_budget(1 << 30) == 256 << 20
+    assert len({stable_blocks(n) for n in range(100_400, 101_400)}) == 1
+    assert all(0.96 * n < stable_blocks(n) <= n for n in range(2, 5000))
