@@ -29,7 +29,7 @@ class EngineConfig:
     max_num_seqs: int | None = None
     """Most sequences running at once; None: 32 on CPU, 256 on GPU."""
     max_num_batched_tokens: int | None = None
-    """Most tokens in one step; None: max_num_seqs and 512 (CPU) or 2048 (GPU) more. Smaller: shorter waits between tokens."""
+    """Most tokens in one step; None: max_num_seqs plus 512 (CPU) or 2048 (GPU). Smaller: shorter waits for tokens."""
     block_size: int = 16
     """Tokens of one KV cache block."""
     num_gpu_blocks_override: int | None = None
