@@ -18,6 +18,7 @@ from jpaged.outputs import RequestMetrics, RequestOutput
 from jpaged.runtime.runner import StepResult
 from jpaged.runtime.state import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_SUPPRESSED
 from jpaged.sampling_params import SamplingParams
+from jpaged.scheduling import StepPlan
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup
 from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
@@ -60,6 +61,7 @@ class LLMEngine:
         self._groups: dict[str, SequenceGroup] = {}
         self._arrivals = itertools.count()
         self._in_flight: collections.deque[StepResult] = collections.deque()
+        self._interrupted = False
         self._failure: BaseException | None = None
         self._aborted: list[SequenceGroup] = []
         self.times = StepTimes()
@@ -154,16 +156,29 @@ class LLMEngine:
 
     def _step(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
-        while len(self._in_flight) > 1:  # only after an interrupt (Ctrl-C) while a step was waited for
+        # After an interrupt (Ctrl-C) in waiting, two steps are in flight; after one in launching, see `_launch`.
+        while len(self._in_flight) > (0 if self._interrupted else 1):
             outputs += self._commit()
+        self._interrupted = False
         plan = self.scheduler.schedule()
         if plan is not None:
-            for sequence in plan.admitted:
-                self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
-            self._in_flight.append(self.runner.launch(plan))
+            self._launch(plan)
         if len(self._in_flight) > 1 or (self._in_flight and plan is None):
             outputs += self._commit()
         return outputs
+
+    def _launch(self, plan: StepPlan) -> None:
+        """Uploads what the plan admits and puts the step on the device's queue."""
+        try:
+            for sequence in plan.admitted:
+                self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
+            self._in_flight.append(self.runner.launch(plan))
+        except BaseException:
+            # Planned and never computed: whoever counted on these keys and values must compute them anew.
+            self._interrupted = True
+            self.scheduler.preempt_all()
+            self.blocks.reset_prefix_cache()
+            raise
 
     def _commit(self) -> list[RequestOutput]:
         """Waits for the oldest step in flight and enters its tokens."""

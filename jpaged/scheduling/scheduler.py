@@ -249,6 +249,11 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------------ preemption, release
 
+    def preempt_all(self) -> None:
+        """Sends every running group back to the queue: a plan was made that will not run."""
+        for group in list(self.running):
+            self._preempt(group)
+
     def _preempt(self, group: SequenceGroup) -> None:
         """Takes all blocks of a group; it waits again and its tokens are computed anew (recompute)."""
         for sequence in group.unfinished:

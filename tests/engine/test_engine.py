@@ -318,6 +318,24 @@ def test_interrupt_while_waiting_loses_nothing(tiny, monkeypatch):
     assert run(engine)["a"].outputs[0].token_ids == expected
 
 
+def test_interrupt_while_launching_loses_nothing(tiny, monkeypatch):
+    """The plan that was made never runs: its blocks must not be found in the prefix cache, its tokens are not skipped."""
+    shared = list(range(10, 60))
+    expected = [generate(tiny(), prompt_of(*shared, i), GREEDY).token_ids for i in (1, 2)]
+    for when in (0, 1, 3):
+        engine = tiny()
+        engine.add_request("1", prompt_of(*shared, 1), GREEDY)
+        for _ in range(when):
+            engine.step()
+        engine.add_request("2", prompt_of(*shared, 2), GREEDY)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(engine.runner), "launch", lambda self, plan: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        finished = run(engine)
+        assert [finished[i].outputs[0].token_ids for i in ("1", "2")] == expected
+
+
 # ----------------------------------------------------------------------------------------------------- offline API
 
 
