@@ -12,13 +12,30 @@ from numpy.typing import NDArray
 from checkpoints.arrays import TILE, Progress, Task, copy_cast, expand
 from checkpoints.errors import CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile, GGUFTensor
-from checkpoints.llama import Leaf, check_tensors, leaves, read_params
-from jpaged.models.config import ModelConfig
+from checkpoints.leaves import Leaf, check_tensors, read_params
+from checkpoints.tables import leaves_of
+from jpaged.models.config import ModelConfig, config_from_hf
 
 SUPPORTED_ARCHITECTURES = ("llama",)
 """Values of `general.architecture`; llama.cpp files Mistral under "llama" too."""
 
 _ROPE_DIVISORS = "rope_freqs.weight"
+
+_MODULES = {
+    "embed_tokens": "token_embd",
+    "input_layernorm": "attn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "norm": "output_norm",
+    "lm_head": "output",
+}
+"""Our name of a module -> llama.cpp's."""
 
 
 def config_from_gguf(file: GGUFFile) -> ModelConfig:
@@ -42,7 +59,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
     if get("attention.value_length", head_dim) != head_dim:
         raise UnsupportedCheckpointError(f"{file.path}: keys and values of different widths are not supported")
     embedding = file.tensors.get("token_embd.weight")
-    return ModelConfig.from_hf(
+    return config_from_hf(
         {
             "model_type": arch,
             "vocab_size": embedding.shape[0] if embedding else get("vocab_size"),
@@ -69,7 +86,7 @@ def config_from_gguf(file: GGUFFile) -> ModelConfig:
 def params_from_gguf(
     file: GGUFFile, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Dequantises, transposes and casts all tensors into the tree of `checkpoints.llama`.
+    """Dequantises, transposes and casts all tensors into the tree of `checkpoints.tables`.
 
     Returns:
         Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
@@ -78,12 +95,20 @@ def params_from_gguf(
         MissingWeightsError: the file's tensors are not those that `config` asks for.
         UnsupportedCheckpointError: a quantised norm or bias.
     """
+    wanted = list(leaves_of(config))
     check_tensors(
         str(file.path),
-        {leaf.gguf: leaf.stored_shape for leaf in leaves(config)},
+        {gguf_name(leaf.path): leaf.stored_shape for leaf in wanted},
         {name: tensor.shape for name, tensor in file.tensors.items() if name != _ROPE_DIVISORS},
     )
-    return read_params(config, dtype, partial(_tasks, file), progress)
+    return read_params(wanted, dtype, partial(_tasks, file, config), progress)
+
+
+def gguf_name(path: tuple[str, ...]) -> str:
+    """llama.cpp's name of a leaf of our tree."""
+    block = f"blk.{path[0].removeprefix('layers_')}." if path[0].startswith("layers_") else ""
+    kind = "bias" if path[-1] == "bias" else "weight"
+    return f"{block}{_MODULES[path[-2]]}.{kind}"
 
 
 def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
@@ -95,23 +120,24 @@ def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
     return np.arange(width).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
 
-def _tasks(file: GGUFFile, leaf: Leaf, array: NDArray) -> Iterator[Task]:
+def _tasks(file: GGUFFile, config: ModelConfig, leaf: Leaf, array: NDArray) -> Iterator[Task]:
     """Cuts one tensor into ranges of rows of about `TILE` to 1 M weights."""
-    tensor = file.tensors[leaf.gguf]
+    tensor = file.tensors[gguf_name(leaf.path)]
     raw = file.rows(tensor)
     if len(tensor.shape) == 1:
         if tensor.type.dtype is None:
             raise UnsupportedCheckpointError(f"{file.path}: {tensor.name!r} is a quantised vector ({tensor.type.name})")
         raw, array = raw.reshape(tensor.shape[0], -1), array[:, None]
-    order = half_rotation_order(leaf.rotary_heads, len(raw)) if leaf.rotary_heads else None
-    if leaf.transposed:  # lanes = rows: as many as fill a tile with one block each
+    rotated = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(leaf.path[-2], 0)
+    order = half_rotation_order(rotated, len(raw)) if rotated else None
+    if leaf.spec.transposed:  # lanes = rows: as many as fill a tile with one block each
         step = max(64, TILE // tensor.type.block_size) if tensor.type.dtype is None else 512
     else:
         step = max(1, (1 << 20) // prod(tensor.shape[1:]))
     for start in range(0, len(raw), step):
         rows = slice(start, min(start + step, len(raw)))
-        target = array[:, rows] if leaf.transposed else array[rows]
-        yield _task(file, tensor, raw, rows, order, target, leaf.transposed)
+        target = array[:, rows] if leaf.spec.transposed else array[rows]
+        yield _task(file, tensor, raw, rows, order, target, leaf.spec.transposed)
 
 
 def _task(

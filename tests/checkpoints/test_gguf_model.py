@@ -104,7 +104,7 @@ def test_same_parameters_and_shape_as_the_safetensors_of_the_same_model(tmp_path
         "vocab_size",
         "hidden_size",
         "head_dim",
-        "rms_norm_eps",
+        "norm_eps",
         "tie_word_embeddings",
         "eos_token_ids",
     ):

@@ -151,7 +151,7 @@ def test_smollm2_loads_fast_and_lean(capsys):
     seconds = time.perf_counter() - start
     assert checkpoint.source == str(path)
     assert checkpoint.config.num_hidden_layers == 30
-    assert checkpoint.config.rms_norm_eps == 1e-5
+    assert checkpoint.config.norm_eps == 1e-5
     assert sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params)) == 134_515_008
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.params["layers_7"]))
     with capsys.disabled():
