@@ -19,7 +19,7 @@ from checkpoints.errors import (
 )
 from checkpoints.leaves import Leaf, check_tensors, read_params
 from checkpoints.safetensors_reader import SafetensorsFile, StoredTensor
-from checkpoints.tables import ignored_names, leaves_of, without_head
+from checkpoints.tables import ignored_names, leaves_of, whole_names
 from jpaged.models.config import ModelConfig, config_from_hf, token_ids
 
 _INDEX = "model.safetensors.index.json"
@@ -75,8 +75,7 @@ def params_from_folder(
             if name in where:
                 raise CorruptCheckpointError(f"{path}: tensor {name!r} is in another file of the checkpoint, too")
             where[name] = (file, tensor)
-    prefix = without_head(config, where)
-    where = {prefix + name: tensor for name, tensor in where.items()}
+    where = dict(zip(whole_names(config, list(where)), where.values(), strict=True))
     wanted = list(leaves_of(config))
     ignored = re.compile("|".join(ignored_names(config)))
     check_tensors(

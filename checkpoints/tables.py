@@ -9,7 +9,7 @@ Kernels are [in, out] here and [out, in] in files. q and k follow the half-rotat
 """
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from checkpoints.leaves import Leaf, Names, Spec, Tree, leaves
@@ -41,12 +41,14 @@ def ignored_names(config: ModelConfig) -> list[str]:
     return patterns
 
 
-def without_head(config: ModelConfig, found: Collection[str]) -> str:
-    """What to put before a checkpoint's names: "", or the first part of the prefix if it was saved without it."""
+def whole_names(config: ModelConfig, found: Sequence[str]) -> list[str]:
+    """The names of a checkpoint's tensors, completed if the first part was left out when it was saved."""
     names = FAMILIES[config.model_type].names
-    (embedding,) = names.of(("embed_tokens", "embedding"))
+    (embedding,), head = names.of(("embed_tokens", "embedding")), names.of(("lm_head", "kernel"))
     first = names.prefix[: names.prefix.index(".") + 1]
-    return first if embedding not in found and embedding.removeprefix(first) in found else ""
+    if embedding in found or embedding.removeprefix(first) not in found:
+        return list(found)
+    return [name if name in head else first + name for name in found]
 
 
 # ------------------------------------------------------------------------------------------------ parts of trees

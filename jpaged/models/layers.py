@@ -1,7 +1,7 @@
 """Layers that the model families share, and the one place where they all meet attention."""
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -106,6 +106,7 @@ class Attention(nn.Module):
             scale=self.config.attention_scale,
             sliding_window=self.layer.sliding_window,
             logit_soft_cap=self.logit_soft_cap,
+            sinks=self.sinks(),
         )
         out = out.reshape(*x.shape[:-1], -1)
         return nn.Dense(self.config.hidden_size, self.output_bias, self.dtype, name=self.output_name)(out), kv
@@ -139,6 +140,10 @@ class Attention(nn.Module):
     def logit_soft_cap(self) -> float | None:
         return None
 
+    def sinks(self) -> jax.Array | None:
+        """[Hq]: a score for each head that takes its share of the softmax and has no value."""
+        return None
+
 
 def attend(
     q: jax.Array,
@@ -150,6 +155,7 @@ def attend(
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """Causal attention of new tokens to themselves and to what the pool holds.
 
@@ -158,27 +164,24 @@ def attend(
         v may be narrower than k.
       kv: the layer's pool. None: the tokens attend to each other.
       layout: where their K and V go, and what they attend to. Needed with a pool.
-      scale, sliding_window, logit_soft_cap: see `pallas_kernels.paged_attention`.
+      scale, sliding_window, logit_soft_cap, sinks: see `pallas_kernels.paged_attention`.
 
     Returns: (like q, of v's width; the pool with k and v written).
     """
+    options: dict[str, Any] = {
+        "scale": scale,
+        "sliding_window": sliding_window,
+        "logit_soft_cap": logit_soft_cap,
+        "sinks": sinks,
+    }
     if kv is None or layout is None:
-        return _dense(q, k, v, scale, sliding_window, logit_soft_cap), kv
+        return _dense(q, k, v, **options), kv
     width = v.shape[-1]
     kv = write_kv(kv, k, jnp.pad(v, ((0, 0), (0, 0), (0, k.shape[-1] - width))), layout.slots)
     rows, tiles = layout.num_decodes, layout.num_tiles
     lanes = []
     if rows:
-        out = paged_decode_attention(
-            q[:rows],
-            kv,
-            layout.decode_tables,
-            layout.decode_lengths,
-            scale=scale,
-            sliding_window=sliding_window,
-            logit_soft_cap=logit_soft_cap,
-        )
-        lanes.append(out)
+        lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, layout.decode_lengths, **options))
     if tiles:
         out = paged_prefill_attention(
             q[rows:].reshape(tiles, -1, *q.shape[1:]),  # [P, C, Hq, D]
@@ -186,15 +189,13 @@ def attend(
             layout.prefill_tables,
             layout.prefill_starts,
             layout.prefill_lengths,
-            scale=scale,
-            sliding_window=sliding_window,
-            logit_soft_cap=logit_soft_cap,
+            **options,
         )
         lanes.append(out.reshape(-1, *q.shape[1:]))
     return (jnp.concatenate(lanes) if len(lanes) > 1 else lanes[0])[..., :width], kv
 
 
-def _dense(q, k, v, scale, sliding_window, logit_soft_cap) -> jax.Array:
+def _dense(q, k, v, *, scale, sliding_window, logit_soft_cap, sinks) -> jax.Array:
     """Attention inside a batch: q [B, T, Hq, D], k [B, T, Hkv, D], v [B, T, Hkv, Dv] -> [B, T, Hq, Dv]."""
     batch, length, heads, size = q.shape
     grouped = q.reshape(batch, length, k.shape[2], -1, size)
@@ -203,5 +204,9 @@ def _dense(q, k, v, scale, sliding_window, logit_soft_cap) -> jax.Array:
         scores = jnp.tanh(scores / logit_soft_cap) * logit_soft_cap
     distance = jnp.arange(length)[:, None] - jnp.arange(length)
     seen = distance >= 0 if sliding_window is None else (distance >= 0) & (distance < sliding_window)
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    scores = jnp.where(seen, scores, -jnp.inf)
+    if sinks is not None:  # one more column, whose weight goes nowhere
+        column = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(1, k.shape[2], -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length].astype(v.dtype)
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(batch, length, heads, v.shape[-1])

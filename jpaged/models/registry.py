@@ -8,6 +8,7 @@ from jpaged.models.deepseek_v3 import DeepseekV3ForCausalLM
 from jpaged.models.gemma import Gemma2ForCausalLM, Gemma3ForCausalLM
 from jpaged.models.gpt2 import GPT2LMHeadModel
 from jpaged.models.gpt_neox import GPTNeoXForCausalLM
+from jpaged.models.gpt_oss import GptOssForCausalLM
 from jpaged.models.granite import GraniteForCausalLM
 from jpaged.models.llama import LlamaForCausalLM
 from jpaged.models.mixtral import MixtralForCausalLM
@@ -36,6 +37,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "gpt_neox": GPTNeoXForCausalLM,
     "mixtral": MixtralForCausalLM,
     "qwen3_moe": Qwen3MoeForCausalLM,
+    "gpt_oss": GptOssForCausalLM,
     "deepseek_v3": DeepseekV3ForCausalLM,
 }
 

@@ -61,7 +61,9 @@ def golden(request):
 
 
 def test_every_family_has_a_module_and_a_golden_model():
-    types = {json.loads((GOLDENS / "models" / name / "config.json").read_text())["model_type"] for name in GOLDEN_MODELS}
+    types = {
+        json.loads((GOLDENS / "models" / name / "config.json").read_text())["model_type"] for name in GOLDEN_MODELS
+    }
     assert set(MODULES) == set(FAMILIES) == types
 
 
