@@ -91,7 +91,9 @@ def load(folder):
 def search(models, prompt, **options) -> Search:
     single, double = (Search(model, prompt, **options) for model in models)
     error = np.abs(single.scores - double.scores).max()
-    print(options, [len(t) for t in single.tokens], f"steps {len(single.candidates)} margin {single.margin:.1e}", end=" ")
+    print(
+        options, [len(t) for t in single.tokens], f"steps {len(single.candidates)} margin {single.margin:.1e}", end=" "
+    )
     print(f"float64 differs by {error:.1e}", "" if single.tokens == double.tokens else "AND IN TOKENS", flush=True)
     if single.tokens != double.tokens:
         raise SystemExit("choose another prompt or other end-of-sequence tokens: rounding decides here")

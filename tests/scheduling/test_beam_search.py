@@ -1,7 +1,7 @@
 """BeamSearch against Hugging Face's beam search: tokens, order, scores and the step at which it ends.
 
-    llama_beams.json       a grid of parameters, with the candidates of each step: exact, no model runs
-    models/*/reference.npz  and the grid again, with candidates from jpaged's own dense forward pass
+llama_beams.json       a grid of parameters, with the candidates of each step: exact, no model runs
+models/*/reference.npz  and the grid again, with candidates from jpaged's own dense forward pass
 """
 
 import dataclasses
@@ -36,12 +36,12 @@ class Case:
     tokens: list[list[int]]
     scores: list[float]
 
-    def beams(self, num_return=None, prompt_length=len(PROMPT)):
+    def beams(self, num_return=None):
         return BeamSearch(
             self.width,
             num_return or self.width,
-            prompt_length,
-            prompt_length + self.max_tokens,
+            len(PROMPT),
+            len(PROMPT) + self.max_tokens,
             self.length_penalty,
             self.early_stopping,
             self.eos,
