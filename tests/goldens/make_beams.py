@@ -26,15 +26,23 @@ MAX_TOKENS = (1, 2, 20)
 LENGTH_PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
 EARLY_STOPPING = (False, True, "never")
 
-# Of smollm2_chats.json: (chat, [(early_stopping, length_penalty)]).
-CHATS = ((0, [(False, 1.0)]),)
+# Of smollm2_chats.json: (chat, [(early_stopping, length_penalty)]). 40, 55, 127, 256 and 300 prompt tokens; in the
+# first two all beams end with the end-of-sequence token.
+PLAIN = (False, 1.0)
+CHATS = (
+    (3, [PLAIN, (True, 0.5), ("never", 2.0)]),
+    (5, [PLAIN, (True, 0.5), ("never", 2.0)]),
+    (10, [PLAIN]),
+    (14, [PLAIN]),
+    (15, [PLAIN]),
+)
 
 
 class Search:
     """One prompt's beams by `generate`, and the candidates of each step on the way."""
 
     def __init__(self, model, prompt, *, width, max_tokens, eos_token_ids, length_penalty, early_stopping):
-        self.width, self.eos_token_ids = width, eos_token_ids
+        self.width, self.eos_token_ids, self.length_penalty = width, eos_token_ids, length_penalty
         self.candidates = []  # per step: (scores f32 [K], parents int [K], tokens int [K])
         original = type(model)._get_top_k_continuations
 
@@ -69,8 +77,9 @@ class Search:
 
     @property
     def margin(self) -> float:
-        """The smallest difference of scores that decided which beams go on, which finish, or how they rank."""
-        margins = [1.0, *-np.diff(self.scores.astype(float))]
+        """The smallest difference that decided which beams go on, which finish, or how they rank: sums of log-probs."""
+        divisors = np.array([len(tokens) for tokens in self.tokens]) ** self.length_penalty
+        margins = [1.0, *-np.diff(self.scores.astype(float)) * np.minimum(divisors[1:], divisors[:-1])]
         for scores, _, tokens in self.candidates:
             stops = np.isin(tokens, self.eos_token_ids)
             going_on = scores[~stops]
@@ -90,12 +99,10 @@ def load(folder):
 
 def search(models, prompt, **options) -> Search:
     single, double = (Search(model, prompt, **options) for model in models)
-    error = np.abs(single.scores - double.scores).max()
-    print(
-        options, [len(t) for t in single.tokens], f"steps {len(single.candidates)} margin {single.margin:.1e}", end=" "
-    )
-    print(f"float64 differs by {error:.1e}", "" if single.tokens == double.tokens else "AND IN TOKENS", flush=True)
-    if single.tokens != double.tokens:
+    same = single.tokens == double.tokens and len(single.candidates) == len(double.candidates)
+    print(options, f"lengths {[len(tokens) for tokens in single.tokens]}, {len(single.candidates)} steps", end=", ")
+    print(f"margin {single.margin:.1e}, {np.abs(single.scores - double.scores).max():.1e} from float64", flush=True)
+    if not same:
         raise SystemExit("choose another prompt or other end-of-sequence tokens: rounding decides here")
     return single
 
