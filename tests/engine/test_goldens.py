@@ -39,7 +39,7 @@ def test_chat_template_gives_the_reference_prompt(smollm2):
     engine = smollm2()
     for i, chat in enumerate(CHATS):
         engine.add_request(str(i), chat["messages"], SamplingParams(max_tokens=1))
-        group = engine.scheduler._waiting[i][1]
+        group = engine._groups[str(i)]
         assert group.prompt == chat["prompt_text"]
         assert group.prompt_token_ids == chat["prompt_token_ids"]
     engine.abort([str(i) for i in range(len(CHATS))])
