@@ -53,6 +53,10 @@ class BlockAllocator:
     def num_cached(self) -> int:
         return len(self._cached)
 
+    def cached_blocks(self) -> tuple[int, ...]:
+        """The cached blocks, the next to be evicted first."""
+        return tuple(self._cached)
+
     def references(self, block: int) -> int:
         return self._refs[block]
 

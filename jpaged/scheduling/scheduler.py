@@ -65,6 +65,12 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.num_waiting or self.running)
 
+    @property
+    def waiting(self) -> list[SequenceGroup]:
+        """The groups that wait, the next to be admitted first."""
+        waiting = (group for _, group in self._waiting if group.status is Status.WAITING)
+        return sorted(waiting, key=lambda group: group.order)
+
     # ---------------------------------------------------------------------------------------------- requests
 
     def add(self, group: SequenceGroup) -> None:

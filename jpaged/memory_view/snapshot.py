@@ -1,0 +1,218 @@
+"""What the pool looks like after a step, as pure data: the one place here that knows the engine.
+
+    snapshot(engine, groups) -> Snapshot        tables, tokens, cached blocks, counters
+    measure(snapshot) -> Measures               used, shared, cached, free; written, reserved, empty slots
+
+Everything else in this room (recorder, terminal, HTML) reads snapshots only.
+"""
+
+import dataclasses
+import enum
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from jpaged.memory import BlockManager
+from jpaged.scheduling import Scheduler
+from jpaged.sequence import NO_ROW, SequenceGroup
+from jpaged.sequence import Status as GroupStatus
+
+
+class Observable(Protocol):
+    """What is observed: `LLMEngine`, or anything that steps a scheduler over a block manager."""
+
+    blocks: BlockManager
+    scheduler: Scheduler
+
+    def step(self) -> Any: ...
+
+
+class Status(enum.StrEnum):
+    """Of a request. The values stand in recordings."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    PREEMPTED = "preempted"
+    FINISHED = "finished"
+
+
+class PoolShape(NamedTuple):
+    num_blocks: int
+    """The null block (block 0) included."""
+    block_size: int
+    """Tokens a block."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SequenceState:
+    """A sequence that is not finished."""
+
+    request: int
+    """`RequestState.number`."""
+    index: int
+    """Which sample of its request."""
+    tokens: tuple[int, ...]
+    """The prompt and what has been generated and read back."""
+    blocks: tuple[int, ...]
+    """Its block table: logical to physical. Empty while it waits."""
+    written: int
+    """Tokens whose K and V are in the pool, those of steps that are launched included."""
+    placed: int
+    """Tokens that have a slot: written, or reserved for a chunk of the prompt that is not computed yet."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestState:
+    number: int
+    """Unique in an engine's life, by arrival; ids of requests may be used again."""
+    request_id: str
+    status: Status
+    finish_reason: str
+    """Of its first sequence; "" until it has finished."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were found in the prefix cache."""
+    preemptions: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since the engine began."""
+
+    cache_queries: int = 0
+    """Tokens looked up in the prefix cache."""
+    cache_hits: int = 0
+    """Tokens found there."""
+    preemptions: int = 0
+    tokens_lost: int = 0
+    """Computed tokens that preemptions by recompute threw away."""
+    copies: int = 0
+    """Blocks copied on write."""
+    swapped_out: int = 0
+    """Blocks moved to host memory."""
+    swapped_in: int = 0
+    """Blocks moved back."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Snapshot:
+    pool: PoolShape
+    requests: tuple[RequestState, ...]
+    """Of the groups that were asked for, those that have just finished included."""
+    sequences: tuple[SequenceState, ...]
+    """Their unfinished sequences."""
+    cached: frozenset[int]
+    """Blocks that nobody refers to and whose content may be found again."""
+    counters: Counters = Counters()
+
+    def references(self) -> Counter[int]:
+        """Block -> table entries that point to it; one reference each."""
+        return Counter(block for sequence in self.sequences for block in sequence.blocks)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Measures:
+    """Of one snapshot. used + cached + free = all blocks but the null block."""
+
+    used: int
+    """Blocks that some table refers to."""
+    shared: int
+    """Of those, blocks with more than one reference."""
+    cached: int
+    free: int
+    entries: int
+    """Table entries: the blocks that it would take without sharing."""
+    written: int
+    """Slots of used blocks that hold K and V, a shared one counted once."""
+    reserved: int
+    """Slots of used blocks that a known token will fill."""
+    empty: int
+    """The other slots of used blocks: the paper's internal fragmentation."""
+    running: int
+    waiting: int
+    """Requests, the preempted ones included."""
+
+
+def live_groups(engine: Observable) -> list[SequenceGroup]:
+    """The groups that the engine has not finished, by arrival."""
+    scheduler = engine.scheduler
+    return sorted([*scheduler.running, *scheduler.waiting], key=lambda group: group.order[1])
+
+
+def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
+    """What the pool holds now.
+
+    Args:
+      engine: between two steps.
+      groups: all that it has not finished (`live_groups`), and any that have finished since one last looked.
+    """
+    blocks, scheduler = engine.blocks, engine.scheduler
+    requests, sequences = [], []
+    for group in groups:
+        requests.append(_request(group))
+        for sequence in group.unfinished:
+            row, table, written, placed = sequence.row, (), 0, 0
+            if row != NO_ROW:
+                table = tuple(blocks.tables[row, : blocks.counts[row]].tolist())
+                written = int(scheduler.position[row])
+                placed = max(written, int(scheduler.target[row]))
+            state = SequenceState(group.order[1], sequence.index, tuple(sequence.tokens), table, written, placed)
+            sequences.append(state)
+    return Snapshot(
+        PoolShape(blocks.allocator.num_blocks, blocks.block_size),
+        tuple(requests),
+        tuple(sequences),
+        frozenset(blocks.allocator.cached_blocks()),
+        Counters(
+            cache_queries=blocks.stats.queries,
+            cache_hits=blocks.stats.hits,
+            preemptions=scheduler.num_preemptions,
+            tokens_lost=scheduler.tokens_lost,
+        ),
+    )
+
+
+def _request(group: SequenceGroup) -> RequestState:
+    if group.status is GroupStatus.WAITING:
+        status = Status.PREEMPTED if group.metrics.num_preemptions else Status.WAITING
+    else:
+        status = Status.RUNNING if group.status is GroupStatus.RUNNING else Status.FINISHED
+    reason = group.sequences[0].finish_reason if status is Status.FINISHED else None
+    return RequestState(
+        number=group.order[1],
+        request_id=group.request_id,
+        status=status,
+        finish_reason=reason or "",
+        prompt_tokens=len(group.prompt_token_ids),
+        cached_tokens=group.num_cached_tokens,
+        preemptions=group.metrics.num_preemptions,
+    )
+
+
+def measure(snapshot: Snapshot) -> Measures:
+    """Counts blocks by state, and the slots of used blocks by what is in them."""
+    num_blocks, size = snapshot.pool
+    references = np.zeros(num_blocks, np.int64)
+    written = np.zeros(num_blocks, np.int64)  # filled slots of each block: of sharers, the furthest counts
+    placed = np.zeros(num_blocks, np.int64)
+    for sequence in snapshot.sequences:
+        table = np.array(sequence.blocks, np.int64)
+        start = np.arange(len(table)) * size
+        np.add.at(references, table, 1)
+        np.maximum.at(written, table, np.clip(sequence.written - start, 0, size))
+        np.maximum.at(placed, table, np.clip(sequence.placed - start, 0, size))
+    used, statuses = int((references > 0).sum()), Counter(request.status for request in snapshot.requests)
+    return Measures(
+        used=used,
+        shared=int((references > 1).sum()),
+        cached=len(snapshot.cached),
+        free=num_blocks - 1 - used - len(snapshot.cached),
+        entries=int(references.sum()),
+        written=int(written.sum()),
+        reserved=int(placed.sum() - written.sum()),
+        empty=int(used * size - placed.sum()),
+        running=statuses[Status.RUNNING],
+        waiting=statuses[Status.WAITING] + statuses[Status.PREEMPTED],
+    )
