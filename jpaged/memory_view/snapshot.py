@@ -47,7 +47,7 @@ class PoolShape(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A sequence that is not finished."""
+    """A sequence of a request that is looked at."""
 
     request: int
     """`RequestState.number`."""
@@ -102,7 +102,7 @@ class Snapshot:
     requests: tuple[RequestState, ...]
     """Of the groups that were asked for, those that have just finished included."""
     sequences: tuple[SequenceState, ...]
-    """Their unfinished sequences."""
+    """Theirs; finished ones hold no blocks."""
     cached: frozenset[int]
     """Blocks that nobody refers to and whose content may be found again."""
     counters: Counters = Counters()
@@ -152,7 +152,7 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
     requests, sequences = [], []
     for group in groups:
         requests.append(_request(group))
-        for sequence in group.unfinished:
+        for sequence in group.sequences:
             row, table, written, placed = sequence.row, (), 0, 0
             if row != NO_ROW:
                 table = tuple(blocks.tables[row, : blocks.counts[row]].tolist())

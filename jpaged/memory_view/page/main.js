@@ -19,7 +19,7 @@ class Page {
     this.tip = new Tip($("tip"), this.replay, colours);
     $("title").textContent = this.replay.title || "KV pool";
     document.title = `KV pool: ${this.replay.title || "replay"}`;
-    $("shape").textContent = `${number(this.replay.numBlocks)} blocks × ${this.replay.blockSize} tokens`;
+    $("shape").textContent = `${number(this.replay.numBlocks - 1)} blocks × ${this.replay.blockSize} tokens`;
     $("slider").max = this.replay.length - 1;
     $("speed").append(...SPEEDS.map((s) => element("option", { value: s, textContent: `${s} step${s > 1 ? "s" : ""}/s` })));
     this.speed = this.replay.length > 1000 ? 50 : this.replay.length > 200 ? 20 : 5;

@@ -7,7 +7,7 @@ const THEMES = {
     paper: "#ffffff", ink: "#15191e", muted: "#6a7380", line: "#d8dce2", faint: "#eceef1", cached: "#8d97a3",
     accent: "#0b5fa5", private: "#9fb4c9", shared: "#0b4f8a", cachedArea: "#d9dde3", alarm: "#c4480b",
     owners: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7d5bbe", "#a89a1c"],
-    ramp: ["#bcd0e4", "#6fa8d6", "#2f7fc1", "#155a9c", "#0a3d75", "#06264d"],
+    ramp: ["#cfdceb", "#92bfe0", "#4d97cf", "#1f6bb0", "#0d4380", "#041c40"],
   },
   dark: {
     paper: "#151a20", ink: "#e8ebef", muted: "#8f99a6", line: "#323a45", faint: "#20262e", cached: "#6b7684",
