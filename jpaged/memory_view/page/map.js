@@ -231,22 +231,37 @@ class BlockMap {
     const { numBlocks } = this.replay;
     const rows = Math.ceil(numBlocks / this.columns);
     const image = new ImageData(this.columns, rows);
-    const { ink, line, faint, paper, owners, ramp } = theme();
-    const table = new Map([...owners, ...ramp, ink, line, faint].map((colour) => [colour, rgb(colour)]));
-    const back = rgb(paper);
-    for (let block = 0; block < numBlocks; block++) {
-      const state = this.stateOf(block);
-      const colour = state === "used" ? this.coloursOf(block)[0] : state === "cached" ? line : state === "null" ? ink : faint;
-      const part = this.mine && !this.mine.has(block) ? 0.25 : 1;
-      const from = table.get(colour);
-      for (let i = 0; i < 3; i++) image.data[4 * block + i] = part * from[i] + (1 - part) * back[i];
-      image.data[4 * block + 3] = 255;
+    const pixels = new Uint32Array(image.data.buffer);
+    const { ink, line, faint } = theme();
+    pixels.fill(pixel(faint, 1), 0, numBlocks);
+    for (const block of this.replay.state.cached) pixels[block] = pixel(line, 1);
+    const colours = new Map(); // by owner, or by references
+    for (let block = 1; block < numBlocks; block++) {
+      if (!this.view.references[block]) continue;
+      const key = this.mode === "owner" ? this.view.owner[block] : this.view.references[block];
+      if (!colours.has(key)) {
+        const [colour] = this.coloursOf(block);
+        colours.set(key, [pixel(colour, 1), pixel(colour, 0.25)]);
+      }
+      pixels[block] = colours.get(key)[this.mine && !this.mine.has(block) ? 1 : 0];
     }
+    if (this.mine && this.mode === "owner") {
+      const own = pixel(theme().owners[this.colours.get(this.selected)], 1);
+      for (const block of this.mine) pixels[block] = own; // a shared block's first owner may be another one
+    }
+    pixels[0] = pixel(ink, 1);
     const small = new OffscreenCanvas(this.columns, rows);
     small.getContext("2d").putImageData(image, 0, 0);
     context.imageSmoothingEnabled = false;
     context.drawImage(small, 0, 0, this.columns * this.cell, rows * this.cell);
   }
+}
+
+// A colour as canvases keep it in memory, mixed with the paper.
+function pixel(colour, part) {
+  const [from, back] = [rgb(colour), rgb(theme().paper)];
+  const [r, g, b] = from.map((value, i) => Math.round(part * value + (1 - part) * back[i]));
+  return ((255 << 24) | (b << 16) | (g << 8) | r) >>> 0;
 }
 
 // Columns of a block's slots: the smallest divisor that is no less than the root, so that no row is ragged.

@@ -72,7 +72,7 @@ class RequestList {
   row(request, chosen) {
     const { replay } = this;
     const sequences = replay.sequencesOf(request.number);
-    const blocks = new Set(sequences.flatMap((s) => s.blocks));
+    const blocks = sequences.length === 1 ? sequences[0].blocks.length : new Set(sequences.flatMap((s) => s.blocks)).size;
     const first = sequences[0];
     const tail = first ? replay.join(first.tokens.slice(Math.max(request.prompt, first.tokens.length - 24))) : "";
     const samples = sequences.length > 1 ? ` ×${sequences.length}` : "";
@@ -83,7 +83,7 @@ class RequestList {
       element("i", { className: "chip", style: { background: theme().owners[this.colours.get(request.number)] } }),
       element("b", { textContent: request.id + samples }),
       element("span", { className: `status ${request.status}`, textContent: status }),
-      element("span", { className: "size", textContent: first ? `${number(Math.max(...sequences.map((s) => s.tokens.length)))} tok · ${number(blocks.size)} blk` : "" }),
+      element("span", { className: "size", textContent: first ? `${number(Math.max(...sequences.map((s) => s.tokens.length)))} tok · ${number(blocks)} blk` : "" }),
       element("q", { textContent: tail.replace(/\s+/g, " ").trim().slice(-70) }),
     );
     button.addEventListener("click", () => this.select(chosen ? null : request.number));
@@ -117,7 +117,13 @@ class BlockTable {
     this.note.textContent = "";
     const colour = theme().owners[this.colours.get(request)];
     const { references } = replay.blocks();
-    this.rows.replaceChildren(...sequence.blocks.map((block, logical) => this.row(sequence, block, logical, references[block], colour)));
+    sequence.blocks.forEach((block, logical) => {
+      const row = this.row(sequence, block, logical, references[block], colour);
+      const there = this.rows.children[logical];
+      if (!there) this.rows.append(row);
+      else if (there !== row) there.replaceWith(row);
+    });
+    while (this.rows.children.length > sequence.blocks.length) this.rows.lastChild.remove();
   }
 
   // A long table changes in its last rows only: the others are kept from step to step.

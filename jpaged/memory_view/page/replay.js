@@ -170,11 +170,25 @@ class Replay {
   }
 
   sequencesOf(number) {
-    return this.state.sequences.filter((sequence) => sequence.request === number);
+    return this.byRequest().get(number) || [];
+  }
+
+  byRequest() {
+    if (this.groupsOf !== this.at) {
+      this.groups = Map.groupBy(this.state.sequences, (sequence) => sequence.request);
+      this.groupsOf = this.at;
+    }
+    return this.groups;
   }
 
   // Of every block: references, written and placed slots, and the requests that own it.
   blocks() {
+    if (this.view && this.viewOf === this.at) return this.view;
+    [this.view, this.viewOf] = [this.countBlocks(), this.at];
+    return this.view;
+  }
+
+  countBlocks() {
     const { numBlocks, blockSize } = this;
     const view = {
       references: new Uint16Array(numBlocks),
