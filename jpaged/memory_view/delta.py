@@ -6,7 +6,7 @@
 A frame has these keys, and leaves out those that would be empty. A sequence is named by its place in the list, which
 is ordered by (request, index), after `left` have been taken out of it and `joined` put in.
 
-    requests   [[number, id, status, finish reason, prompt tokens, cached tokens, preemptions], ...]   new or changed
+    requests   [[number, id, status, finish reason, prompt tokens, cached tokens, preemptions, host blocks], ...]
     forgotten  [number, ...]                                     requests that are looked at no longer
     left       [place before, ...]      joined  [request, index, ...]
     next       [token or -1, ...]       one for each sequence that held blocks before: most gain one token a step

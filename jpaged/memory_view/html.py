@@ -48,6 +48,7 @@ def data(recording: "Recording") -> dict[str, Any]:
         "title": recording.title,
         "numBlocks": recording.pool.num_blocks,
         "blockSize": recording.pool.block_size,
+        "hostBlocks": recording.pool.host_blocks,
         "frames": recording.frames,
         "milliseconds": _differences(recording.milliseconds),
         "measures": {name: _differences(getattr(m, name) for m in recording.measures) for name in names},

@@ -35,6 +35,9 @@ class Status(enum.StrEnum):
     WAITING = "waiting"
     RUNNING = "running"
     PREEMPTED = "preempted"
+    """It waits again, and its keys and values will be computed anew."""
+    SWAPPED = "swapped"
+    """Its blocks are in host memory."""
     FINISHED = "finished"
 
 
@@ -43,6 +46,8 @@ class PoolShape(NamedTuple):
     """The null block (block 0) included."""
     block_size: int
     """Tokens a block."""
+    host_blocks: int = 0
+    """Blocks that host memory has room for."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +80,8 @@ class RequestState:
     cached_tokens: int
     """Tokens of the prompt that were found in the prefix cache."""
     preemptions: int
+    host_blocks: int = 0
+    """Its blocks in host memory."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -130,9 +137,12 @@ class Measures:
     """Slots of used blocks that a known token will fill."""
     empty: int
     """The other slots of used blocks: the paper's internal fragmentation."""
+    host: int
+    """Blocks in host memory."""
     running: int
     waiting: int
     """Requests, the preempted ones included."""
+    swapped: int
 
 
 def live_groups(engine: Observable) -> list[SequenceGroup]:
@@ -193,7 +203,7 @@ def _request(group: SequenceGroup) -> RequestState:
 
 def measure(snapshot: Snapshot) -> Measures:
     """Counts blocks by state, and the slots of used blocks by what is in them."""
-    num_blocks, size = snapshot.pool
+    num_blocks, size = snapshot.pool.num_blocks, snapshot.pool.block_size
     references = np.zeros(num_blocks, np.int64)
     written = np.zeros(num_blocks, np.int64)  # filled slots of each block: of sharers, the furthest counts
     placed = np.zeros(num_blocks, np.int64)
@@ -213,6 +223,8 @@ def measure(snapshot: Snapshot) -> Measures:
         written=int(written.sum()),
         reserved=int(placed.sum() - written.sum()),
         empty=int(used * size - placed.sum()),
+        host=sum(request.host_blocks for request in snapshot.requests),
         running=statuses[Status.RUNNING],
         waiting=statuses[Status.WAITING] + statuses[Status.PREEMPTED],
+        swapped=statuses[Status.SWAPPED],
     )

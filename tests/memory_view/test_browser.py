@@ -91,7 +91,7 @@ def seen(run_of_200, tmp_path_factory) -> dict:
 def expected(recording: Recording) -> list:
     views = []
     for snapshot in recording.snapshots():
-        count, size = recording.pool
+        count, size = recording.pool.num_blocks, recording.pool.block_size
         references, written, placed = snapshot.references(), Counter(), Counter()
         for sequence in snapshot.sequences:
             for logical, block in enumerate(sequence.blocks):

@@ -38,7 +38,7 @@ def snapshots(draw):
     for number in numbers:
         text = draw(st.sampled_from(["a", "</script>", ""]))
         status = draw(st.sampled_from(list(Status)))
-        requests.append(RequestState(number, text, status, draw(st.sampled_from(["", "stop"])), *draw_counts(draw, 3)))
+        requests.append(RequestState(number, text, status, draw(st.sampled_from(["", "stop"])), *draw_counts(draw, 4)))
         for index in sorted(draw(st.sets(st.integers(0, 3), max_size=3))):
             tokens = tuple(draw(st.lists(st.integers(0, 3), max_size=6)))
             blocks = tuple(draw(st.lists(st.integers(1, 15), max_size=4)))

@@ -13,6 +13,8 @@ class Page {
     this.map = new BlockMap($("map"), this.replay, colours);
     this.timeline = new Timeline($("timeline"), this.replay);
     this.counters = new Counters($("counters"), this.replay);
+    const host = { box: $("host"), bar: $("host-bar"), text: $("host-text") };
+    this.host = new HostBar(host, this.replay, colours);
     this.requests = new RequestList($("request-list"), $("request-counts"), this.replay, colours, (n) => this.select(n));
     const parts = { title: $("table-title"), samples: $("samples"), rows: $("table-rows"), note: $("table-note") };
     this.table = new BlockTable(parts, this.replay, colours, (block) => this.hover(block));
@@ -168,6 +170,7 @@ class Page {
     this.map.draw();
     this.timeline.draw();
     this.counters.draw();
+    this.host.draw();
     this.requests.draw(this.selected);
     this.table.draw(this.selected);
     $("slider").value = replay.at;

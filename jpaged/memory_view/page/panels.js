@@ -55,6 +55,31 @@ class Counters {
   }
 }
 
+// Blocks of swapped groups. Where in host memory they are means nothing: a bar says whose and how many.
+class HostBar {
+  constructor(parts, replay, colours) {
+    Object.assign(this, parts, { replay, colours });
+    this.peak = Math.max(0, ...replay.measures.host);
+    this.box.hidden = this.peak === 0;
+  }
+
+  draw() {
+    if (!this.peak) return;
+    const { replay } = this;
+    const host = replay.measures.host[replay.at];
+    const swapped = [...replay.state.present].map((n) => replay.state.requests.get(n)).filter((request) => request.host);
+    const parts = swapped.map((request) =>
+      element("i", {
+        title: `${request.id}: ${number(request.host)} blocks`,
+        textContent: request.id,
+        style: { "flex-grow": request.host, background: theme().owners[this.colours.get(request.number)] },
+      }),
+    );
+    this.bar.replaceChildren(...parts, element("i", { className: "rest", style: { "flex-grow": this.peak - host } }));
+    this.text.textContent = `${number(host)} of ${number(replay.hostBlocks)} blocks`;
+  }
+}
+
 class RequestList {
   constructor(list, counts, replay, colours, select) {
     Object.assign(this, { list, counts, replay, colours, select });
@@ -63,8 +88,9 @@ class RequestList {
   draw(selected) {
     const { replay } = this;
     const requests = [...replay.state.present].map((n) => replay.state.requests.get(n)).sort((a, b) => a.number - b.number);
-    const { running, waiting } = replay.measures;
-    this.counts.textContent = `${number(running[replay.at])} running, ${number(waiting[replay.at])} waiting`;
+    const { running, waiting, swapped } = replay.measures;
+    const counts = [[running, "running"], [waiting, "waiting"], [swapped, "swapped"]].filter(([column, name]) => name !== "swapped" || column[replay.at]);
+    this.counts.textContent = counts.map(([column, name]) => `${number(column[replay.at])} ${name}`).join(", ");
     this.list.replaceChildren(...requests.slice(0, 200).map((request) => this.row(request, request.number === selected)));
     if (requests.length > 200) this.list.append(element("li", { className: "more", textContent: `and ${number(requests.length - 200)} more` }));
   }
@@ -91,6 +117,14 @@ class RequestList {
   }
 }
 
+const NO_BLOCKS = {
+  waiting: "It waits, and holds no blocks.",
+  preempted: "It was preempted: its blocks are given back, and its tokens will be computed again.",
+  swapped: "Its blocks are in host memory.",
+  running: "It follows another sequence of its request, and will share that one's blocks.",
+  finished: "It has finished; its blocks are released.",
+};
+
 class BlockTable {
   constructor(parts, replay, colours, hover) {
     Object.assign(this, parts, { replay, colours, hover, sample: 0, request: null, kept: new Map() });
@@ -110,8 +144,7 @@ class BlockTable {
     this.samples.replaceChildren(...(sequences.length > 1 ? sequences.map((s) => this.tab(s, s === sequence, selected)) : []));
     if (!sequence || !sequence.blocks.length) {
       this.rows.replaceChildren();
-      const nothing = about && about.status === "finished" ? "It has finished; its blocks are released." : "It holds no blocks: it waits.";
-      this.note.textContent = about ? nothing : "Nobody holds blocks.";
+      this.note.textContent = about ? NO_BLOCKS[about.status] : "Nobody holds blocks.";
       return;
     }
     this.note.textContent = "";

@@ -13,6 +13,7 @@ class Replay {
     this.title = recording.title;
     this.numBlocks = recording.numBlocks;
     this.blockSize = recording.blockSize;
+    this.hostBlocks = recording.hostBlocks;
     this.frames = recording.frames;
     this.length = recording.frames.length;
     this.vocabulary = recording.vocabulary;
@@ -64,8 +65,8 @@ class Replay {
   apply(frame) {
     const state = this.state;
     for (const number of frame.forgotten || []) state.present.delete(number);
-    for (const [number, id, status, reason, prompt, hits, preemptions] of frame.requests || []) {
-      state.requests.set(number, { number, id, status, reason, prompt, hits, preemptions });
+    for (const [number, id, status, reason, prompt, hits, preemptions, host] of frame.requests || []) {
+      state.requests.set(number, { number, id, status, reason, prompt, hits, preemptions, host });
       state.present.add(number);
     }
     this.applyMembers(frame);
@@ -146,15 +147,15 @@ class Replay {
         requests.set(number, status);
         if (status === before) continue;
         if (status === "waiting") events.push(["arrive", `${id} arrives`]);
-        if (status === "running") events.push(["admit", `${id} admitted${hits ? `, ${hits} tokens from the cache` : ""}`]);
+        if (status === "running" && before === "swapped") events.push(["swap", `${id} swapped in`]);
+        else if (status === "running") events.push(["admit", `${id} admitted${hits ? `, ${hits} tokens from the cache` : ""}`]);
         if (status === "preempted") events.push(["preempt", `${id} preempted`]);
+        if (status === "swapped") events.push(["swap", `${id} swapped out`]);
         if (status === "finished") events.push(["finish", `${id} finished${reason ? ` (${reason})` : ""}`]);
       }
       const now = frame.counters || counters;
       const more = now.map((value, i) => value - counters[i]);
       if (more[4] > 0) events.push(["copy", `${more[4]} copied on write`]);
-      if (more[5] > 0) events.push(["swap", `${more[5]} swapped out`]);
-      if (more[6] > 0) events.push(["swap", `${more[6]} swapped in`]);
       counters = now;
       if (events.length) this.events.set(step, events);
     });
