@@ -16,6 +16,8 @@ import numpy as np
 
 from jpaged.memory import BlockManager
 from jpaged.scheduling import Scheduler
+from jpaged.scheduling.batch import Batch
+from jpaged.scheduling.beam_search import path
 from jpaged.sequence import NO_ROW, SequenceGroup
 from jpaged.sequence import Status as GroupStatus
 
@@ -39,6 +41,12 @@ class Status(enum.StrEnum):
     SWAPPED = "swapped"
     """Its blocks are in host memory."""
     FINISHED = "finished"
+    PARKED = "parked"
+    """No request: block tables that are kept without a row."""
+
+
+PARKED = -1
+"""The number under which parked tables stand in the list of requests."""
 
 
 class PoolShape(NamedTuple):
@@ -97,10 +105,10 @@ class Counters:
     """Computed tokens that preemptions by recompute threw away."""
     copies: int = 0
     """Blocks copied on write."""
-    swapped_out: int = 0
-    """Blocks moved to host memory."""
-    swapped_in: int = 0
-    """Blocks moved back."""
+    swaps_out: int = 0
+    """Groups moved to host memory."""
+    swaps_in: int = 0
+    """Groups moved back."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -147,8 +155,8 @@ class Measures:
 
 def live_groups(engine: Observable) -> list[SequenceGroup]:
     """The groups that the engine has not finished, by arrival."""
-    scheduler = engine.scheduler
-    return sorted([*scheduler.running, *scheduler.waiting], key=lambda group: group.order[1])
+    roster = engine.scheduler.roster
+    return sorted([*roster.running, *roster.swapped, *roster.waiting], key=lambda group: group.order[1])
 
 
 def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
@@ -159,19 +167,19 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
       groups: all that it has not finished (`live_groups`), and any that have finished since one last looked.
     """
     blocks, scheduler = engine.blocks, engine.scheduler
+    swapped = scheduler.roster.swapped
     requests, sequences = [], []
     for group in groups:
-        requests.append(_request(group))
-        for sequence in group.sequences:
-            row, table, written, placed = sequence.row, (), 0, 0
-            if row != NO_ROW:
-                table = tuple(blocks.tables[row, : blocks.counts[row]].tolist())
-                written = int(scheduler.position[row])
-                placed = max(written, int(scheduler.target[row]))
-            state = SequenceState(group.order[1], sequence.index, tuple(sequence.tokens), table, written, placed)
-            sequences.append(state)
+        requests.append(_request(group, len(swapped[group][0].blocks) if group in swapped else 0))
+        sequences += _sequences(group, blocks, scheduler.batch)
+    if blocks.parked:
+        requests.insert(0, RequestState(PARKED, "parked", Status.PARKED, "", 0, 0, 0))
+        sequences[:0] = [
+            SequenceState(PARKED, i, (), tuple(table.blocks.tolist()), table.num_computed, table.num_computed)
+            for i, table in enumerate(blocks.parked)
+        ]
     return Snapshot(
-        PoolShape(blocks.allocator.num_blocks, blocks.block_size),
+        PoolShape(blocks.allocator.num_blocks, blocks.block_size, scheduler.swap_space.capacity),
         tuple(requests),
         tuple(sequences),
         frozenset(blocks.allocator.cached_blocks()),
@@ -180,15 +188,37 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
             cache_hits=blocks.stats.hits,
             preemptions=scheduler.num_preemptions,
             tokens_lost=scheduler.tokens_lost,
+            copies=blocks.num_copies,
+            swaps_out=scheduler.num_swaps_out,
+            swaps_in=scheduler.num_swaps_in,
         ),
     )
 
 
-def _request(group: SequenceGroup) -> RequestState:
-    if group.status is GroupStatus.WAITING:
-        status = Status.PREEMPTED if group.metrics.num_preemptions else Status.WAITING
-    else:
-        status = Status.RUNNING if group.status is GroupStatus.RUNNING else Status.FINISHED
+def _sequences(group: SequenceGroup, blocks: BlockManager, batch: Batch) -> list[SequenceState]:
+    states = []
+    for rank, sequence in enumerate(group.sequences):
+        tokens, row = tuple(sequence.tokens), sequence.row
+        if row == NO_ROW or not blocks.counts[row]:
+            states.append(SequenceState(group.order[1], sequence.index, tokens, (), 0, 0))
+            continue
+        if group.beams is not None:
+            tokens = (*group.prompt_token_ids, *(node.token for node in path(group.beams.nodes[rank])))
+        table = tuple(blocks.tables[row, : blocks.counts[row]].tolist())
+        written = int(batch.position[row])
+        placed = max(written, int(batch.target[row]))
+        states.append(SequenceState(group.order[1], sequence.index, tokens, table, written, placed))
+    return sorted(states, key=lambda state: state.index)
+
+
+def _request(group: SequenceGroup, host_blocks: int) -> RequestState:
+    preempted = group.metrics.num_preemptions > 0
+    status = {
+        GroupStatus.WAITING: Status.PREEMPTED if preempted else Status.WAITING,
+        GroupStatus.RUNNING: Status.RUNNING,
+        GroupStatus.SWAPPED: Status.SWAPPED,
+        GroupStatus.FINISHED: Status.FINISHED,
+    }[group.status]
     reason = group.sequences[0].finish_reason if status is Status.FINISHED else None
     return RequestState(
         number=group.order[1],
@@ -198,6 +228,7 @@ def _request(group: SequenceGroup) -> RequestState:
         prompt_tokens=len(group.prompt_token_ids),
         cached_tokens=group.num_cached_tokens,
         preemptions=group.metrics.num_preemptions,
+        host_blocks=host_blocks,
     )
 
 

@@ -84,7 +84,7 @@ def render(
     waste = _percent(measures.empty, measures.used * pool.block_size)
     hits = _percent(counters.cache_hits, counters.cache_queries)
     moves = (
-        f"prefix hits {hits} | copies {counters.copies} | swapped out {counters.swapped_out}, in {counters.swapped_in}"
+        f"prefix hits {hits} | copies {counters.copies} | swapped out {counters.swaps_out}, in {counters.swaps_in}"
         f" | preempted {counters.preemptions}"
     )
     running = [r for r in snapshot.requests if r.status is Status.RUNNING]

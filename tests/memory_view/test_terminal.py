@@ -23,7 +23,7 @@ SNAPSHOT = Snapshot(
         SequenceState(2, 0, (1,) * 8, (), written=0, placed=0),
     ),
     frozenset({6, 7}),
-    Counters(cache_queries=40, cache_hits=10, copies=1, swapped_out=5, swapped_in=2, preemptions=3),
+    Counters(cache_queries=40, cache_hits=10, copies=1, swaps_out=5, swaps_in=2, preemptions=3),
 )
 
 

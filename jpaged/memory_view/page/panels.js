@@ -44,7 +44,7 @@ class Counters {
       ["Waste", percent(m.empty, slots), "of used slots", `${number(m.empty)} slots of last blocks are empty; ${number(m.reserved)} more are reserved for prompt tokens`],
       ["Prefix hits", percent(hits, queries), `${number(hits)} tokens`, `${number(hits)} of ${number(queries)} tokens were found in the cache`],
       ["Copies", number(copies), "on write", "Blocks copied because somebody else reads them"],
-      ["Swapped", `${number(out)} / ${number(back)}`, "out / in", "Blocks moved to host memory and back"],
+      ["Swapped", `${number(out)} / ${number(back)}`, "groups out / in", "Groups whose blocks were moved to host memory, and back"],
       ["Preempted", number(preemptions), lost ? `${number(lost)} tokens lost` : "groups", "Groups that had to give their blocks back; computed tokens thrown away"],
     ];
     this.list.replaceChildren(
