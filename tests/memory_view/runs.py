@@ -1,4 +1,4 @@
-"""Random runs of the null engine: requests with common prefixes come, some are aborted, the pool is too small."""
+"""Random runs of the null engine: all that can happen to a block happens in a pool that is too small."""
 
 import random
 from collections.abc import Iterator
@@ -8,18 +8,28 @@ from tests.scheduling.null_engine import NullEngine
 
 def small_engine(caching: bool = True) -> NullEngine:
     return NullEngine(
-        num_blocks=24, block_size=4, rows=6, max_len=64, tile_size=4, budget=6 + 16, watermark=0.05, caching=caching
+        num_blocks=24,
+        block_size=4,
+        rows=6,
+        max_len=64,
+        tile_size=4,
+        budget=6 + 16,
+        watermark=0.05,
+        caching=caching,
+        swap_blocks=16,
     )
 
 
 def random_steps(engine: NullEngine, seed: int, steps: int = 100) -> Iterator[None]:
-    """Yields after each step."""
+    """Requests come, with common prefixes, samples and beams; some are aborted. Yields after each step."""
     dice = random.Random(seed)
     prefix = [dice.randrange(4) for _ in range(12)]
     for _ in range(steps):
         if dice.random() < 0.3 and len(engine.unfinished) < 10:
             prompt = prefix[: dice.randrange(13)] + [dice.randrange(4) for _ in range(dice.randrange(1, 12))]
-            engine.add(prompt, dice.randrange(1, 24), n=dice.choice((1, 1, 2)), stop=dice.random() < 0.3)
+            n = dice.choice((1, 1, 2, 3))
+            beams = n > 1 and dice.random() < 0.4
+            engine.add(prompt, dice.randrange(1, 20), n=n, beams=beams, stop=dice.random() < 0.3)
         if dice.random() < 0.03 and engine.unfinished:
             engine.abort(dice.choice(engine.unfinished))
         engine.step()

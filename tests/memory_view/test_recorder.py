@@ -1,6 +1,7 @@
 """The recorder: what it keeps is what there was, and the engine does not notice."""
 
 import json
+import random
 
 import pytest
 from hypothesis import given, settings
@@ -9,9 +10,10 @@ from hypothesis import strategies as st
 from jpaged import SamplingParams
 from jpaged.memory_view import Recorder, measure, record
 from jpaged.memory_view.delta import apply, difference
-from jpaged.memory_view.snapshot import Counters, PoolShape, RequestState, SequenceState, Snapshot, Status
+from jpaged.memory_view.snapshot import PARKED, Counters, PoolShape, RequestState, SequenceState, Snapshot, Status
 from tests.engine.support import run
 from tests.memory_view.runs import random_steps, small_engine
+from tests.scheduling.null_engine import NullEngine
 
 POOL = PoolShape(num_blocks=16, block_size=4)
 COUNTS = st.integers(0, 40)
@@ -65,23 +67,59 @@ def test_a_difference_says_all_that_changed(before, after):
 def test_measures_equal_a_direct_count(seed):
     engine = small_engine()
     recorder = Recorder(engine)
-    size, most_shared = engine.blocks.block_size, 0
+    most_shared = 0
     for _ in random_steps(engine, seed):
-        seen = recorder.observe()
-        found = recorder.recording.measures[-1]
-        entries = [block for sequence in seen.sequences for block in sequence.blocks]
-        engine.blocks.allocator.check_invariants(entries)  # references = the snapshot's table entries
-
-        placed = {(s.blocks[i // size], i % size) for s in seen.sequences for i in range(s.placed)}
-        written = {(s.blocks[i // size], i % size) for s in seen.sequences for i in range(s.written)}
-        assert found.used == engine.blocks.num_used == len(set(entries))
-        assert found.shared == sum(entries.count(block) > 1 for block in set(entries))
-        assert (found.entries, found.written) == (len(entries), len(written))
-        assert (found.reserved, found.empty) == (len(placed - written), size * len(set(entries)) - len(placed))
-        assert found.used + found.cached + found.free == engine.blocks.allocator.num_usable
-        assert (found.running, found.waiting) == (len(engine.scheduler.running), engine.scheduler.num_waiting)
-        most_shared = max(most_shared, found.shared)
+        recorder.observe()
+        check_measures(engine, recorder)
+        most_shared = max(most_shared, recorder.recording.measures[-1].shared)
     assert most_shared > 0, "this run says nothing about sharing"
+
+
+def check_measures(engine, recorder):
+    seen, found, size = recorder.latest, recorder.recording.measures[-1], engine.blocks.block_size
+    entries = [block for sequence in seen.sequences for block in sequence.blocks]
+    engine.blocks.allocator.check_invariants(entries)  # references = the snapshot's table entries
+    placed = {(s.blocks[i // size], i % size) for s in seen.sequences for i in range(s.placed)}
+    written = {(s.blocks[i // size], i % size) for s in seen.sequences for i in range(s.written)}
+    scheduler = engine.scheduler
+    assert found.used == engine.blocks.num_used == len(set(entries))
+    assert found.shared == sum(entries.count(block) > 1 for block in set(entries))
+    assert (found.entries, found.written) == (len(entries), len(written))
+    assert (found.reserved, found.empty) == (len(placed - written), size * len(set(entries)) - len(placed))
+    assert found.used + found.cached + found.free == engine.blocks.allocator.num_usable
+    assert found.host == scheduler.swap_space.num_used
+    groups = (len(scheduler.running), scheduler.num_waiting, scheduler.num_swapped)
+    assert (found.running, found.waiting, found.swapped) == groups
+
+
+def test_the_random_runs_have_everything_in_them():
+    """Or the tests over them say less than they seem to."""
+    engine = small_engine()
+    recorder = Recorder(engine)
+    for _ in random_steps(engine, seed=1, steps=400):
+        recorder.observe()
+        check_measures(engine, recorder)
+    counters = recorder.latest.counters
+    assert min(counters.cache_hits, counters.copies, counters.swaps_out, counters.swaps_in, counters.tokens_lost) > 0
+    statuses = {request.status for snapshot in recorder.recording.snapshots() for request in snapshot.requests}
+    assert statuses == set(Status) - {Status.PARKED}
+
+
+def test_parked_tables_are_owners_too():
+    engine = small_engine()
+    recorder = Recorder(engine)
+    engine.add([1] * 9, 8, n=2)
+    for _ in range(4):
+        engine.step()
+    [row, _] = [sequence.row for sequence in engine.groups[0].sequences]
+    table = engine.blocks.park(row, 6)
+    engine.blocks.fork_parked(table)
+    recorder.observe()
+    [parked, request] = recorder.latest.requests
+    assert (parked.number, parked.status, request.request_id) == (PARKED, Status.PARKED, "request-0")
+    assert [s.blocks for s in recorder.latest.sequences if s.request == PARKED] == [tuple(table.blocks.tolist())] * 2
+    check_measures(engine, recorder)
+    assert list(recorder.recording.snapshots())[-1] == recorder.latest
 
 
 @pytest.fixture
@@ -128,10 +166,15 @@ def test_an_id_may_be_used_again(tiny):
 
 
 def test_a_long_recording_stays_small():
-    """2,000 steps x 2,000 blocks are a megabyte or two; here, the same per step and row."""
-    engine = small_engine()
+    """2,000 steps of 32 sequences in 2,000 blocks make a page of at most two megabytes; here, a tenth of that."""
+    rows, steps, dice = 32, 200, random.Random(1)
+    engine = NullEngine(
+        num_blocks=2000, block_size=16, rows=rows, max_len=1024, tile_size=32, budget=rows + 512, checked=False
+    )
     with record(engine) as recording:
-        steps = sum(1 for _ in random_steps(engine, seed=3, steps=400))
-    rows = sum(m.running for m in recording.measures)
-    assert len(recording) == steps + 1
-    assert len(json.dumps(recording.frames, separators=(",", ":"))) < 40 * rows + 40 * steps
+        for _ in range(steps):
+            while len(engine.unfinished) < rows:
+                engine.add([dice.randrange(4) for _ in range(dice.randrange(50, 400))], dice.randrange(50, 500))
+            engine.step()
+    assert sum(m.running for m in recording.measures) > steps * rows * 0.9
+    assert len(recording.to_html()) < 2_000_000 * steps / 2000

@@ -127,7 +127,7 @@ const NO_BLOCKS = {
 
 class BlockTable {
   constructor(parts, replay, colours, hover) {
-    Object.assign(this, parts, { replay, colours, hover, sample: 0, request: null, kept: new Map() });
+    Object.assign(this, parts, { replay, colours, hover, sample: null, request: null, kept: new Map() });
   }
 
   // The chosen request's, or that of the oldest one that runs.
@@ -135,10 +135,10 @@ class BlockTable {
     const { replay } = this;
     const holder = replay.state.sequences.find((s) => s.blocks.length);
     const request = selected ?? (holder ? holder.request : null);
-    if (request !== this.request) this.sample = 0;
+    if (request !== this.request) this.sample = null;
     this.request = request;
     const sequences = request === null ? [] : replay.sequencesOf(request);
-    const sequence = sequences.find((s) => s.index === this.sample) || sequences[0];
+    const sequence = sequences.find((s) => s.index === this.sample) || sequences.find((s) => s.blocks.length) || sequences[0];
     const about = request === null ? null : replay.state.requests.get(request);
     this.title.textContent = about ? `Block table of ${about.id}` : "Block table";
     this.samples.replaceChildren(...(sequences.length > 1 ? sequences.map((s) => this.tab(s, s === sequence, selected)) : []));
