@@ -21,7 +21,7 @@ class Page {
     this.tip = new Tip($("tip"), this.replay, colours);
     $("title").textContent = this.replay.title || "KV pool";
     document.title = `KV pool: ${this.replay.title || "replay"}`;
-    $("shape").textContent = `${number(this.replay.numBlocks - 1)} blocks × ${this.replay.blockSize} tokens`;
+    $("shape").textContent = `KV pool of ${number(this.replay.numBlocks - 1)} blocks × ${this.replay.blockSize} tokens`;
     $("slider").max = this.replay.length - 1;
     $("speed").append(...SPEEDS.map((s) => element("option", { value: s, textContent: `${s} step${s > 1 ? "s" : ""}/s` })));
     this.speed = this.replay.length > 1000 ? 50 : this.replay.length > 200 ? 20 : 5;
@@ -161,7 +161,7 @@ class Page {
     this.map.mode = mode;
     for (const button of $("modes").children) button.ariaChecked = String(button.dataset.mode === mode);
     drawLegend($("legend"), mode);
-    drawAreas($("areas"));
+    drawAreas($("areas"), this.replay);
     this.draw();
   }
 
@@ -184,7 +184,7 @@ class Page {
 function drawLegend(list, mode) {
   const swatch = (className, text, style = {}) => element("li", {}, element("i", { className: `swatch ${className}`, style }), text);
   const { owners, ramp } = theme();
-  const states = [swatch("cached", "cached"), swatch("free", "free"), swatch("null", "null block")];
+  const states = [swatch("cached", "cached"), swatch("free", "free"), swatch("null", "null block"), swatch("fresh", "new in this step")];
   const own =
     mode === "owner"
       ? [swatch("own", "one owner", { background: owners[0] }), swatch("shared", "shared", { "--one": owners[0], "--two": owners[1] })]
@@ -192,14 +192,17 @@ function drawLegend(list, mode) {
   list.replaceChildren(...(mode === "owner" ? [] : [element("li", { textContent: "references:" })]), ...own, ...states);
 }
 
-function drawAreas(list) {
+function drawAreas(list, replay) {
   const { private: own, shared, cachedArea, line } = theme();
   const areas = [["shared", shared], ["one owner", own], ["cached", cachedArea], ["free", "transparent"]];
+  const happened = new Set([...replay.events.values()].flat().map(([kind]) => kind));
+  const marks = [["copy", "copy on write"], ["swap", "swap"], ["preempt", "preemption"]].filter(([kind]) => happened.has(kind));
   list.replaceChildren(
     ...areas.map(([text, colour]) => {
       const style = { background: colour, "border-color": colour === "transparent" ? line : colour };
       return element("li", {}, element("i", { style }), text);
     }),
+    ...marks.map(([kind, text]) => element("li", {}, element("b", { textContent: MARKS[kind], style: { color: markColours()[kind] } }), text)),
   );
 }
 

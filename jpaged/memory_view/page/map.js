@@ -17,7 +17,7 @@ class BlockMap {
 
   layout(width, height) {
     const count = this.replay.numBlocks;
-    let cell = Math.min(72, Math.floor(Math.sqrt((width * height) / count)) + 2);
+    let cell = Math.min(96, Math.floor(Math.sqrt((width * height) / count)) + 2);
     while (cell > 2 && Math.ceil(count / Math.floor(width / cell)) * cell > height) cell--;
     if (cell <= 2) cell = Math.sqrt((width * height) / count) * 0.985;
     this.cell = cell;
@@ -106,7 +106,7 @@ class BlockMap {
 
   drawTile(context, block, state, x, y, size) {
     const { line, cached, muted, ink, faint } = theme();
-    const head = this.cell >= LABEL_FROM ? Math.min(14, Math.round(size * 0.26)) : 0;
+    const head = this.cell >= LABEL_FROM ? Math.min(18, Math.round(size * 0.24)) : 0;
     const references = this.view.references[block];
     const shared = references > 1;
     context.beginPath();
@@ -166,7 +166,7 @@ class BlockMap {
 
   label(context, block, state, references, x, y, size, head) {
     const { ink, muted } = theme();
-    const font = Math.min(11, head - 2);
+    const font = Math.min(13, head - 2);
     context.textBaseline = "middle";
     context.font = `${font}px ui-monospace, monospace`;
     context.textAlign = "left";

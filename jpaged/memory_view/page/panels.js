@@ -60,6 +60,7 @@ class HostBar {
   constructor(parts, replay, colours) {
     Object.assign(this, parts, { replay, colours });
     this.peak = Math.max(0, ...replay.measures.host);
+    this.scale = replay.hostBlocks <= 4 * this.peak ? replay.hostBlocks : 2 * this.peak;
     this.box.hidden = this.peak === 0;
   }
 
@@ -68,14 +69,12 @@ class HostBar {
     const { replay } = this;
     const host = replay.measures.host[replay.at];
     const swapped = [...replay.state.present].map((n) => replay.state.requests.get(n)).filter((request) => request.host);
-    const parts = swapped.map((request) =>
-      element("i", {
-        title: `${request.id}: ${number(request.host)} blocks`,
-        textContent: request.id,
-        style: { "flex-grow": request.host, background: theme().owners[this.colours.get(request.number)] },
-      }),
-    );
-    this.bar.replaceChildren(...parts, element("i", { className: "rest", style: { "flex-grow": this.peak - host } }));
+    const parts = swapped.map((request) => {
+      const background = theme().owners[this.colours.get(request.number)];
+      const style = { "flex-grow": request.host, background, color: inkOn(background) };
+      return element("i", { title: `${request.id}: ${number(request.host)} blocks`, textContent: request.id, style });
+    });
+    this.bar.replaceChildren(...parts, element("i", { className: "rest", style: { "flex-grow": this.scale - host } }));
     this.text.textContent = `${number(host)} of ${number(replay.hostBlocks)} blocks`;
   }
 }

@@ -66,7 +66,7 @@ class Replay {
     const state = this.state;
     for (const number of frame.forgotten || []) state.present.delete(number);
     for (const [number, id, status, reason, prompt, hits, preemptions, host] of frame.requests || []) {
-      state.requests.set(number, { number, id, status, reason, prompt, hits, preemptions, host });
+      state.requests.set(number, { number, id: nameOf(id), status, reason, prompt, hits, preemptions, host });
       state.present.add(number);
     }
     this.applyMembers(frame);
@@ -142,7 +142,8 @@ class Replay {
     let counters = [0, 0, 0, 0, 0, 0, 0];
     this.frames.forEach((frame, step) => {
       const events = [];
-      for (const [number, id, status, reason, , hits] of frame.requests || []) {
+      for (const [number, rawId, status, reason, , hits] of frame.requests || []) {
+        const id = nameOf(rawId);
         const before = requests.get(number);
         requests.set(number, status);
         if (status === before) continue;
@@ -155,7 +156,7 @@ class Replay {
       }
       const now = frame.counters || counters;
       const more = now.map((value, i) => value - counters[i]);
-      if (more[4] > 0) events.push(["copy", `${more[4]} copied on write`]);
+      if (more[4] > 0) events.push(["copy", `${more[4]} block${more[4] > 1 ? "s" : ""} copied on write`]);
       counters = now;
       if (events.length) this.events.set(step, events);
     });
@@ -222,6 +223,11 @@ class Replay {
     }
     return found;
   }
+}
+
+// A bare number says little as a name.
+function nameOf(id) {
+  return /^\d+$/.test(id) ? `request ${id}` : id;
 }
 
 function keyOf(sequence) {

@@ -61,6 +61,12 @@ function fit(canvas) {
   return { context, width, height };
 }
 
+// Black or white, whichever is read more easily on a colour.
+function inkOn(hex) {
+  const [r, g, b] = rgb(hex).map((value) => (value / 255) ** 2.2);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.18 ? "#101418" : "#ffffff";
+}
+
 function rgb(hex) {
   const value = parseInt(hex.slice(1), 16);
   return [value >> 16, (value >> 8) & 255, value & 255];

@@ -3,6 +3,11 @@
 
 const MARKS = { preempt: "▼", swap: "◆", copy: "●" };
 
+function markColours() {
+  const { alarm, accent, muted } = theme();
+  return { preempt: alarm, swap: accent, copy: muted };
+}
+
 class Timeline {
   constructor(canvas, replay) {
     this.canvas = canvas;
@@ -63,8 +68,7 @@ class Timeline {
   }
 
   drawMarks(context, width) {
-    const { alarm, accent, muted } = theme();
-    const colours = { preempt: alarm, swap: accent, copy: muted };
+    const colours = markColours();
     context.font = "8px system-ui, sans-serif";
     context.textAlign = "center";
     context.textBaseline = "middle";
