@@ -56,7 +56,7 @@ class Checkpoint:
     """Shape and constants."""
 
     params: dict[str, Any]
-    """Flax Linen parameter tree (see `checkpoints.llama`): nested dict of C-contiguous NumPy arrays, aligned
+    """Flax Linen parameter tree (see `checkpoints.tables`): nested dict of C-contiguous NumPy arrays, aligned
     to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
@@ -152,7 +152,8 @@ def _open_gguf(path: Path) -> _Opened:
             f"{path}: not a .gguf file; for safetensors pass the folder that also holds config.json"
         )
     from checkpoints.gguf import GGUFFile
-    from checkpoints.gguf_llama import config_from_gguf, params_from_gguf
+    from checkpoints.gguf_config import config_from_gguf
+    from checkpoints.gguf_params import params_from_gguf
     from checkpoints.gguf_tokenizer import tokenizer_from_gguf
 
     file = GGUFFile(path)

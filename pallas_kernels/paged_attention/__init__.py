@@ -6,5 +6,6 @@ from pallas_kernels.paged_attention.api import (
     pool_shape,
     write_kv,
 )
+from pallas_kernels.paged_attention.quantized import QuantizedKV
 
-__all__ = ["paged_decode_attention", "paged_prefill_attention", "pool_shape", "write_kv"]
+__all__ = ["QuantizedKV", "paged_decode_attention", "paged_prefill_attention", "pool_shape", "write_kv"]
