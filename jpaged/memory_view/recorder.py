@@ -16,7 +16,6 @@ from jpaged.memory_view.snapshot import (
     Observable,
     PoolShape,
     Snapshot,
-    Status,
     live_groups,
     measure,
     snapshot,
@@ -114,7 +113,8 @@ def record(engine: Any, *, live: bool = False, title: str | None = None) -> Iter
 
     Args:
       engine: an `LLM`, an `LLMEngine`, or anything else that is `Observable`.
-      live: also draw the pool on standard error, if that is a terminal.
+      live: also draw the pool on standard error, if that is a terminal (and pass use_tqdm=False to `LLM.generate`,
+        whose progress bar would stand in it).
       title: what runs; None: the engine's model.
 
     Yields: the recording, which grows with each step.
@@ -159,6 +159,3 @@ def _decoder(engine: Any) -> Callable[[int], str] | None:
         return raw.replace("▁", " ") if "▁" in raw else backend.decode([token], skip_special_tokens=False)
 
     return text
-
-
-__all__ = ["Recorder", "Recording", "Status", "record"]

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from jpaged.memory import BlockManager
+from jpaged.memory import BlockManager, Table
 from jpaged.scheduling import Scheduler
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.beam_search import path
@@ -65,7 +65,7 @@ class SequenceState:
     request: int
     """`RequestState.number`."""
     index: int
-    """Which sample of its request."""
+    """Which sample of its request, or beam; of a parked table, any number of its own."""
     tokens: tuple[int, ...]
     """The prompt and what has been generated and read back."""
     blocks: tuple[int, ...]
@@ -174,10 +174,7 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
         sequences += _sequences(group, blocks, scheduler.batch)
     if blocks.parked:
         requests.insert(0, RequestState(PARKED, "parked", Status.PARKED, "", 0, 0, 0))
-        sequences[:0] = [
-            SequenceState(PARKED, i, (), tuple(table.blocks.tolist()), table.num_computed, table.num_computed)
-            for i, table in enumerate(blocks.parked)
-        ]
+        sequences[:0] = sorted(map(_parked, blocks.parked), key=lambda state: state.index)
     return Snapshot(
         PoolShape(blocks.allocator.num_blocks, blocks.block_size, scheduler.swap_space.capacity),
         tuple(requests),
@@ -209,6 +206,11 @@ def _sequences(group: SequenceGroup, blocks: BlockManager, batch: Batch) -> list
         placed = max(written, int(batch.target[row]))
         states.append(SequenceState(group.order[1], sequence.index, tokens, table, written, placed))
     return sorted(states, key=lambda state: state.index)
+
+
+def _parked(table: Table) -> SequenceState:
+    # A number that stays the table's own while others come and go; which one means nothing.
+    return SequenceState(PARKED, id(table), (), tuple(table.blocks.tolist()), table.num_computed, table.num_computed)
 
 
 def _request(group: SequenceGroup, host_blocks: int) -> RequestState:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jpaged import SamplingParams
 from jpaged.memory_view import Recorder, measure, record
 from jpaged.memory_view.delta import apply, difference
-from jpaged.memory_view.snapshot import PARKED, Counters, PoolShape, RequestState, SequenceState, Snapshot, Status
+from jpaged.memory_view.snapshot import Counters, PoolShape, RequestState, SequenceState, Snapshot, Status
 from tests.engine.support import run
 from tests.memory_view.runs import random_steps, small_engine
 from tests.scheduling.null_engine import NullEngine
@@ -102,24 +102,7 @@ def test_the_random_runs_have_everything_in_them():
     counters = recorder.latest.counters
     assert min(counters.cache_hits, counters.copies, counters.swaps_out, counters.swaps_in, counters.tokens_lost) > 0
     statuses = {request.status for snapshot in recorder.recording.snapshots() for request in snapshot.requests}
-    assert statuses == set(Status) - {Status.PARKED}
-
-
-def test_parked_tables_are_owners_too():
-    engine = small_engine()
-    recorder = Recorder(engine)
-    engine.add([1] * 9, 8, n=2)
-    for _ in range(4):
-        engine.step()
-    [row, _] = [sequence.row for sequence in engine.groups[0].sequences]
-    table = engine.blocks.park(row, 6)
-    engine.blocks.fork_parked(table)
-    recorder.observe()
-    [parked, request] = recorder.latest.requests
-    assert (parked.number, parked.status, request.request_id) == (PARKED, Status.PARKED, "request-0")
-    assert [s.blocks for s in recorder.latest.sequences if s.request == PARKED] == [tuple(table.blocks.tolist())] * 2
-    check_measures(engine, recorder)
-    assert list(recorder.recording.snapshots())[-1] == recorder.latest
+    assert statuses == set(Status)
 
 
 @pytest.fixture

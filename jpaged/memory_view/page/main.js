@@ -64,7 +64,7 @@ class Page {
       const block = blockAt(event);
       const owners = block === null ? [] : this.replay.holders(block).map(([sequence]) => sequence.request);
       // Clicked again, a shared block shows its next owner; after the last one, nobody.
-      this.select(owners.length ? (owners.filter((n) => n > (this.selected ?? -1))[0] ?? null) : null);
+      this.select(owners.length ? (owners.filter((n) => n > (this.selected ?? -Infinity))[0] ?? null) : null);
     };
     const strip = $("slider");
     const drag = (event) => this.seek(this.timeline.stepAt(event.clientX - strip.getBoundingClientRect().left));

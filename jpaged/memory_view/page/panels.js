@@ -124,6 +124,8 @@ const NO_BLOCKS = {
   finished: "It has finished; its blocks are released.",
 };
 
+const MOST_TABS = 16;
+
 class BlockTable {
   constructor(parts, replay, colours, hover) {
     Object.assign(this, parts, { replay, colours, hover, sample: null, request: null, kept: new Map() });
@@ -140,7 +142,7 @@ class BlockTable {
     const sequence = sequences.find((s) => s.index === this.sample) || sequences.find((s) => s.blocks.length) || sequences[0];
     const about = request === null ? null : replay.state.requests.get(request);
     this.title.textContent = about ? `Block table of ${about.id}` : "Block table";
-    this.samples.replaceChildren(...(sequences.length > 1 ? sequences.map((s) => this.tab(s, s === sequence, selected)) : []));
+    this.samples.replaceChildren(...(sequences.length > 1 ? sequences.slice(0, MOST_TABS).map((s, i) => this.tab(s, i, s === sequence, selected)) : []));
     if (!sequence || !sequence.blocks.length) {
       this.rows.replaceChildren();
       this.note.textContent = about ? NO_BLOCKS[about.status] : "Nobody holds blocks.";
@@ -172,8 +174,9 @@ class BlockTable {
     return row;
   }
 
-  tab(sequence, chosen, selected) {
-    const button = element("button", { type: "button", textContent: String(sequence.index), ariaPressed: String(chosen), title: `Sample ${sequence.index}` });
+  tab(sequence, place, chosen, selected) {
+    const name = this.replay.nameOfSample(sequence, place);
+    const button = element("button", { type: "button", textContent: name, ariaPressed: String(chosen), title: `Sequence ${name}` });
     button.addEventListener("click", () => {
       this.sample = sequence.index;
       this.draw(selected);
@@ -233,19 +236,22 @@ class Tip {
     if (holders.length > 8) lines.push(element("p", { textContent: `and ${holders.length - 8} more` }));
     const content = replay.state.content[block];
     if (!holders.length && replay.state.cached.has(block) && content) lines.push(this.owner(content[0], `was logical block ${content[1]}`));
-    const [sequence, logical] = holders[0] || (replay.state.cached.has(block) && content) || [];
+    const knowing = holders.find(([sequence]) => sequence.tokens.length); // of a parked table, no tokens are known
+    const [sequence, logical] = knowing || holders[0] || (replay.state.cached.has(block) && content) || [];
     if (sequence) lines.push(this.texts(sequence, logical, !holders.length));
     return lines;
   }
 
   owner(sequence, where) {
     const request = this.replay.state.requests.get(sequence.request);
-    const several = this.replay.sequencesOf(sequence.request).length > 1;
+    const family = this.replay.sequencesOf(sequence.request);
+    const place = family.indexOf(sequence);
+    const sample = family.length > 1 && place >= 0 ? ` [${this.replay.nameOfSample(sequence, place)}]` : "";
     return element(
       "p",
       {},
       element("i", { className: "chip", style: { background: theme().owners[this.colours.get(sequence.request)] } }),
-      `${request.id}${several ? ` [${sequence.index}]` : ""} · ${where}`,
+      `${request.id}${sample} · ${where}`,
     );
   }
 

@@ -2,6 +2,7 @@
 // The state of the pool at any step, rebuilt from the frames. delta.py says what is in a frame.
 
 const CHECKPOINT_EVERY = 64;
+const NOBODY = -2; // -1 is the number of parked tables
 
 function running(differences) {
   let total = 0;
@@ -175,6 +176,11 @@ class Replay {
     return this.byRequest().get(number) || [];
   }
 
+  // Parked tables, which have no request, have no samples either: their indices are no more than keys.
+  nameOfSample(sequence, place) {
+    return String(sequence.request < 0 ? place : sequence.index);
+  }
+
   byRequest() {
     if (this.groupsOf !== this.at) {
       this.groups = Map.groupBy(this.state.sequences, (sequence) => sequence.request);
@@ -196,7 +202,7 @@ class Replay {
       references: new Uint16Array(numBlocks),
       written: new Uint16Array(numBlocks),
       placed: new Uint16Array(numBlocks),
-      owner: new Int32Array(numBlocks).fill(-1),
+      owner: new Int32Array(numBlocks).fill(NOBODY),
       owners: new Map(), // only where there are several requests
     };
     for (const sequence of this.state.sequences) {
@@ -206,7 +212,7 @@ class Replay {
         view.written[block] = Math.max(view.written[block], Math.min(blockSize, sequence.written - start));
         view.placed[block] = Math.max(view.placed[block], Math.min(blockSize, sequence.placed - start));
         const owner = view.owner[block];
-        if (owner < 0) view.owner[block] = sequence.request;
+        if (owner === NOBODY) view.owner[block] = sequence.request;
         else if (owner !== sequence.request) {
           const owners = view.owners.get(block) || [owner];
           if (!owners.includes(sequence.request)) view.owners.set(block, [...owners, sequence.request]);

@@ -34,7 +34,7 @@ function assignColours(replay) {
       const uses = new Array(count).fill(0);
       for (const other of alive) uses[colours.get(other)]++;
       const least = Math.min(...uses);
-      let choice = number % count;
+      let choice = (number + count) % count; // parked tables have number -1
       while (uses[choice] > least) choice = (choice + 1) % count;
       colours.set(number, choice);
       alive.add(number);
