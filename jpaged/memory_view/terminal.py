@@ -18,7 +18,7 @@ from jpaged.memory_view.snapshot import Measures, RequestState, Snapshot, Status
 if TYPE_CHECKING:
     from jpaged.memory_view.recorder import Recorder
 
-COLOURS = (33, 214, 36, 176, 117, 202, 99, 142)  # of the 256; the page's, as near as they come
+COLOURS = (33, 214, 36, 176, 117, 202, 250, 227)  # of the 256; the page's, as near as they come
 FRAMES_PER_SECOND = 12
 _TIDY = 32
 """Blocks a row, if they fit: a block's number can be read off its place."""

@@ -10,6 +10,7 @@ class Page {
     const colours = (this.colours = assignColours(this.replay));
     this.selected = null;
     this.playing = false;
+    this.pointedAt = null; // [block, x, y]
     this.map = new BlockMap($("map"), this.replay, colours);
     this.timeline = new Timeline($("timeline"), this.replay);
     this.counters = new Counters($("counters"), this.replay);
@@ -53,12 +54,13 @@ class Page {
     canvas.onmousemove = (event) => {
       const block = blockAt(event);
       this.hover(block);
-      if (block === null) this.tip.hide();
-      else this.tip.show(block, event.clientX, event.clientY);
+      this.pointedAt = block === null ? null : [block, event.clientX, event.clientY];
+      this.drawTip();
     };
     canvas.onmouseleave = () => {
       this.hover(null);
-      this.tip.hide();
+      this.pointedAt = null;
+      this.drawTip();
     };
     canvas.onclick = (event) => {
       const block = blockAt(event);
@@ -151,6 +153,11 @@ class Page {
     this.draw();
   }
 
+  drawTip() {
+    if (this.pointedAt) this.tip.show(...this.pointedAt);
+    else this.tip.hide();
+  }
+
   hover(block) {
     if (block === this.map.hovered) return;
     this.map.hovered = block;
@@ -171,6 +178,7 @@ class Page {
     this.timeline.draw();
     this.counters.draw();
     this.host.draw();
+    this.drawTip();
     this.requests.draw(this.selected);
     this.table.draw(this.selected);
     $("slider").value = replay.at;

@@ -1,18 +1,18 @@
 "use strict";
-// Colours. Owners: hues after Okabe and Ito, told apart with the common kinds of colour blindness; references: a ramp
-// of growing lightness. Neither is ever the only sign: blocks have numbers, sharing a count, states a shape.
+// Colours. Owners: the eight of Okabe and Ito, or nearly, which the common kinds of colour blindness tell apart;
+// references: a ramp of lightness. Neither is ever the only sign: blocks have numbers, sharing a count, states a shape.
 
 const THEMES = {
   light: {
     paper: "#ffffff", ink: "#15191e", muted: "#6a7380", line: "#d8dce2", faint: "#eceef1", cached: "#8d97a3",
     accent: "#0b5fa5", private: "#9fb4c9", shared: "#0b4f8a", cachedArea: "#d9dde3", alarm: "#c4480b",
-    owners: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#7d5bbe", "#a89a1c"],
+    owners: ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#50565f", "#ddcb12"],
     ramp: ["#cfdceb", "#92bfe0", "#4d97cf", "#1f6bb0", "#0d4380", "#041c40"],
   },
   dark: {
     paper: "#151a20", ink: "#e8ebef", muted: "#8f99a6", line: "#323a45", faint: "#20262e", cached: "#6b7684",
     accent: "#6cb8f2", private: "#4d6076", shared: "#6cb8f2", cachedArea: "#2b323b", alarm: "#ff8a4c",
-    owners: ["#3d97dd", "#f2b134", "#22b98c", "#e096bf", "#8bd0f7", "#f3803a", "#a58cf0", "#d0c23e"],
+    owners: ["#3d97dd", "#f2b134", "#22b98c", "#e096bf", "#8bd0f7", "#f3803a", "#c3c9d1", "#f4e65a"],
     ramp: ["#34485e", "#3d6c9c", "#4b94d0", "#7cbcee", "#b3dbfa", "#e9f5ff"],
   },
 };
