@@ -366,15 +366,15 @@ class NullEngine:
         assert not self.blocks.tables.any()
         assert self.scheduler.batch.num_free == len(self.scheduler.batch.by_row)
         assert not self.scheduler.roster.variants
-        assert not self.scheduler._catching_up
-        assert not self.scheduler._followers
+        assert not self.scheduler._admission.catching_up
+        assert not self.scheduler._admission.followers
         assert self.scheduler.swap_space.num_used == 0
 
     # ------------------------------------------------------------------------------------------------ promises
 
     def check(self) -> None:
         self.blocks.check_invariants()
-        assert all(self.scheduler.batch.by_row[s.row] is s for s in self.scheduler._catching_up)
+        assert all(self.scheduler.batch.by_row[s.row] is s for s in self.scheduler._admission.catching_up)
         for group in self.unfinished:
             assert self.num_steps <= self._deadlines[group], f"{group.request_id} starves"
             rows = [s.row for s in group.unfinished]
