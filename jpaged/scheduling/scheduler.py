@@ -234,10 +234,11 @@ class Scheduler:
 
     def _open(self, group: SequenceGroup) -> bool:
         """Gives all sequences of a group rows, and those that lead blocks; or nothing at all."""
-        leaders: dict[tuple[int, ...] | None, list[Sequence]] = {}
-        for sequence in group.unfinished:
-            leaders.setdefault(tuple(sequence.tokens), []).append(sequence)
-        heads = [sequences[0] for sequences in leaders.values()]
+        teams = _equals(group.unfinished)
+        apart = group.beams is not None and len(teams) > 1  # they go on together, each from its own last token
+        if apart:
+            teams = [[sequence] for sequence in group.unfinished]
+        heads = [team[0] for team in teams]
         followers = len(group.unfinished) - len(heads)
         # Whoever forks will soon write to a block of its own. A group that would be alone may use the last block.
         reserve = self.blocks.watermark_blocks + followers if self.running else 0
@@ -249,7 +250,6 @@ class Scheduler:
             for sequence in reversed(group.unfinished):
                 self.batch.vacate(sequence)
             return False
-        apart = group.beams is not None and len(heads) > 1  # they go on together, each from its own last token
         for sequence, cached in zip(heads, opened, strict=True):
             target = len(sequence.tokens) - 1 if apart else len(sequence.tokens)
             self.batch.start(sequence, cached, target, held=apart)
@@ -257,7 +257,7 @@ class Scheduler:
                 self._catching_up.append(sequence)
             if sequence.num_output_tokens == 0:
                 group.num_cached_tokens = cached
-        self._followers |= {s[0]: s[1:] for s in leaders.values() if len(s) > 1}
+        self._followers |= {team[0]: team[1:] for team in teams if len(team) > 1}
         if apart:
             self._release_beams(group)
         return True
@@ -387,3 +387,11 @@ class Scheduler:
         self._followers.pop(sequence, None)
         if sequence in self._catching_up:
             self._catching_up.remove(sequence)
+
+
+def _equals(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences that have the same tokens, together."""
+    teams: dict[tuple[int, ...], list[Sequence]] = {}
+    for sequence in sequences:
+        teams.setdefault(tuple(sequence.tokens), []).append(sequence)
+    return list(teams.values())

@@ -290,6 +290,46 @@ def test_nothing_to_do_is_no_plan():
     assert engine().scheduler.schedule() is None
 
 
+# --------------------------------------------------------------------------------------------------------- groups
+
+
+def settled(e):
+    """Commits what is in flight, so that all groups may be preempted."""
+    while e._in_flight:
+        e._commit()
+
+
+@pytest.mark.parametrize("length", [4, 8, 9])
+def test_beams_that_find_all_but_their_last_tokens_in_the_cache(length):
+    """Nothing is computed in the step that admits them; the device must hear of them all the same."""
+    e = engine()
+    group = e.add(prompt(length), 8, n=3, beams=True)
+    e.step()
+    settled(e)
+    e.scheduler.preempt_all()
+    e.drain()
+    assert e.blocks.stats.hits == 3 * (length // 4 * 4)
+    e.check_outputs()
+    assert group.metrics.num_preemptions == 1
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("budget", [8, 20])
+@pytest.mark.parametrize("length", [4, 5, 7, 8])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_beams_with_equal_tokens_are_computed_anew_each_by_itself(steps, length, budget, caching):
+    """Five beams over a vocabulary of four: after the first token two are equal. They go on together all the same."""
+    e = engine(rows=8, budget=budget, caching=caching)
+    group = e.add(prompt(length), 8, n=5, beams=True)
+    for _ in range(steps):
+        e.step()
+    settled(e)
+    e.scheduler.preempt_all()
+    assert steps > 1 or len({tuple(s.tokens) for s in group.sequences}) == 4
+    e.drain()
+    e.check_outputs()
+
+
 # ---------------------------------------------------------------------------------------------------------- plans
 
 
