@@ -246,6 +246,7 @@ class NullEngine:
         self._deadlines: dict[SequenceGroup, int] = {}
         self._arrivals = itertools.count()
         self._in_flight: collections.deque[tuple[StepPlan, np.ndarray, Candidates | None]] = collections.deque()
+        self._interrupted = False
 
     @property
     def unfinished(self) -> list[SequenceGroup]:
@@ -315,9 +316,7 @@ class NullEngine:
     def step(self) -> list[Sequence]:
         """As LLMEngine._step. Returns the sequences that received a token."""
         self.num_steps += 1
-        received: list[Sequence] = []
-        if self._in_flight and self.scheduler.needs_results:
-            received += self._commit()
+        received = self._commit_first()
         before = {group: group.status for group in self.unfinished}
         plan = self.scheduler.schedule()
         if plan is not None:
@@ -331,6 +330,28 @@ class NullEngine:
             self.check()
         if len(self._in_flight) > 1 or (self._in_flight and plan is None):
             received += self._commit()
+        return received
+
+    def interrupt(self) -> list[Sequence]:
+        """A step is planned, and something fails before it runs: swapping, an upload, the launch."""
+        received = self._commit_first()
+        self.scheduler.schedule()
+        self.scheduler.preempt_all()
+        self.blocks.reset_prefix_cache()
+        self._interrupted = True
+        lost = sum(self._cost(g) for g in self.unfinished)
+        for group in self.unfinished:
+            self._deadlines[group] += lost
+        if self.checked:
+            self.check()
+        return received
+
+    def _commit_first(self) -> list[Sequence]:
+        """Commits what must be known before the next step is planned."""
+        received: list[Sequence] = []
+        while self._in_flight and (self._interrupted or self.scheduler.needs_results):
+            received += self._commit()
+        self._interrupted = False
         return received
 
     def _commit(self) -> list[Sequence]:

@@ -23,7 +23,7 @@ requests = st.fixed_dictionaries(
     {
         "prompt": prompts,
         "max_tokens": st.integers(1, 20),
-        "n": st.sampled_from([1, 1, 1, 1, 2, 3]),
+        "n": st.sampled_from([1, 1, 1, 1, 2, 3, 5]),
         "beams": st.sampled_from([False, False, False, True]),
         "stop": st.booleans(),
         "priority": st.integers(-2, 2),
@@ -98,6 +98,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not sequence.finished and data.draw(st.booleans()):
                 self.engine.scheduler.finish(sequence, FinishReason.STOP, "text")
         self.engine.check()
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule()
+    def interrupt(self):
+        self.engine.interrupt()
 
     @precondition(lambda self: self.engine.has_work)
     @rule()
@@ -181,6 +186,8 @@ def test_no_block_is_held_after_100_000_random_operations():
             engine.abort(rng.choice(engine.unfinished))
         elif kind < 0.231:
             engine.blocks.reset_prefix_cache()
+        elif kind < 0.232:
+            engine.interrupt()
         else:
             for sequence in engine.step():
                 if rng.random() < 0.01:
