@@ -246,7 +246,6 @@ class NullEngine:
         self._deadlines: dict[SequenceGroup, int] = {}
         self._arrivals = itertools.count()
         self._in_flight: collections.deque[tuple[StepPlan, np.ndarray, Candidates | None]] = collections.deque()
-        self._interrupted = False
 
     @property
     def unfinished(self) -> list[SequenceGroup]:
@@ -333,12 +332,13 @@ class NullEngine:
         return received
 
     def interrupt(self) -> list[Sequence]:
-        """A step is planned, and something fails before it runs: swapping, an upload, the launch."""
+        """A step is planned, and something fails before it runs: a swap, an upload, the launch."""
         received = self._commit_first()
         self.scheduler.schedule()
         self.scheduler.preempt_all()
         self.blocks.reset_prefix_cache()
-        self._interrupted = True
+        while self._in_flight:
+            received += self._commit()
         lost = sum(self._cost(g) for g in self.unfinished)
         for group in self.unfinished:
             self._deadlines[group] += lost
@@ -348,11 +348,7 @@ class NullEngine:
 
     def _commit_first(self) -> list[Sequence]:
         """Commits what must be known before the next step is planned."""
-        received: list[Sequence] = []
-        while self._in_flight and (self._interrupted or self.scheduler.needs_results):
-            received += self._commit()
-        self._interrupted = False
-        return received
+        return self._commit() if self._in_flight and self.scheduler.needs_results else []
 
     def _commit(self) -> list[Sequence]:
         plan, results, candidates = self._in_flight.popleft()

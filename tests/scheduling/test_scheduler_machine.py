@@ -93,16 +93,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def stop_by_text(self, data):
         """As the output processor does after a commit."""
-        received = self.engine.step()
+        self.stop_some(self.engine.step(), data)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(data=st.data())
+    def interrupt(self, data):
+        self.stop_some(self.engine.interrupt(), data)
+
+    def stop_some(self, received, data):
         for sequence in received:
             if not sequence.finished and data.draw(st.booleans()):
                 self.engine.scheduler.finish(sequence, FinishReason.STOP, "text")
         self.engine.check()
-
-    @precondition(lambda self: self.engine.has_work)
-    @rule()
-    def interrupt(self):
-        self.engine.interrupt()
 
     @precondition(lambda self: self.engine.has_work)
     @rule()
