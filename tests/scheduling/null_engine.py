@@ -253,7 +253,7 @@ class NullEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.unfinished or self._in_flight)
+        return bool(self.scheduler.has_work or self._in_flight)
 
     def add(
         self,
@@ -296,6 +296,13 @@ class NullEngine:
             group.beams = new_search(group)
         self.scheduler.add(group)
         self.groups.append(group)
+        self._set_deadlines(group)
+        return group
+
+    def _set_deadlines(self, group: SequenceGroup) -> None:
+        if not self.checked:
+            self._deadlines[group] = 0
+            return
         # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their
         # ways in, cost at most a step for computing it and one for computing it again.
         first = [g for g in self.unfinished if g.order < group.order or g.status is Status.RUNNING]
@@ -303,7 +310,6 @@ class NullEngine:
         for other in self.unfinished:
             if other.order > group.order:
                 self._deadlines[other] += self._cost(group)
-        return group
 
     @staticmethod
     def _cost(group: SequenceGroup) -> int:
@@ -316,7 +322,7 @@ class NullEngine:
         """As LLMEngine._step. Returns the sequences that received a token."""
         self.num_steps += 1
         received = self._commit_first()
-        before = {group: group.status for group in self.unfinished}
+        before = {group: group.status for group in self.unfinished} if self.checked else {}
         plan = self.scheduler.schedule()
         if plan is not None:
             if self.checked:
@@ -363,7 +369,7 @@ class NullEngine:
         while self.has_work:
             assert self.num_steps <= limit, f"no end after {self.num_steps} steps: {self.unfinished}"
             self.step()
-        assert not self.scheduler.has_work
+        assert not self.unfinished
         assert self.blocks.num_used == 0
         assert not self.blocks.tables.any()
         assert self.scheduler.batch.num_free == len(self.scheduler.batch.by_row)
