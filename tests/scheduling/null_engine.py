@@ -12,6 +12,7 @@ function of the prefix, the request's seed and the sequence's index, as the real
 import collections
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 
@@ -195,6 +196,7 @@ class NullEngine:
       max_tiles: tiles of the largest bucket; None: as many as the token budget holds.
       checked: False runs ten times faster: the device does not look, tokens mean nothing, and `check` is the
         caller's business.
+      timed: False looks at nobody's waiting time, which takes as long as the queue is.
     """
 
     def __init__(
@@ -210,6 +212,7 @@ class NullEngine:
         caching: bool = True,
         max_tiles: int | None = None,
         checked: bool = True,
+        timed: bool = True,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
     ) -> None:
@@ -229,7 +232,7 @@ class NullEngine:
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,
         )
-        self.max_len, self.budget, self.checked = max_len, budget, checked
+        self.max_len, self.budget, self.checked, self._timed = max_len, budget, checked, timed
         self.prefixes = Prefixes()
         self.device = Device(
             self.prefixes,
@@ -300,8 +303,8 @@ class NullEngine:
         return group
 
     def _set_deadlines(self, group: SequenceGroup) -> None:
-        if not self.checked:
-            self._deadlines[group] = 0
+        if not self._timed:
+            self._deadlines[group] = sys.maxsize
             return
         # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their
         # ways in, cost at most a step for computing it and one for computing it again.

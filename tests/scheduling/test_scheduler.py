@@ -463,9 +463,11 @@ def test_what_is_too_wide_is_refused_while_others_run():
     running = [e.add(prompt(9), 12, n=2), e.add(prompt(5, 1), 6, n=2, beams=True)]
     e.step()
     for beams in (False, True):
-        with pytest.raises(InvalidRequestError, match="5 sequences .* do not fit into max_num_seqs=4: ask for fewer"):
+        with pytest.raises(InvalidRequestError, match=r"5 sequences .* do not fit into max_num_seqs=4: ask for fewer"):
             e.add(prompt(3), 2, n=5, beams=beams)
-        with pytest.raises(InvalidRequestError, match="may need 14 blocks .* whole pool has 12: lower max_tokens, n or"):
+        with pytest.raises(
+            InvalidRequestError, match=r"may need 14 blocks .* whole pool has 12: lower max_tokens, n or"
+        ):
             e.add(prompt(9), 12, n=4, beams=beams)  # 2 shared, 3 for each
     e.step()
     assert [g.status for g in running] == [Status.RUNNING] * 2
