@@ -33,10 +33,11 @@ class Admission:
           reserve: blocks that must stay free for others.
         """
         sequences = group.unfinished
-        leaders: dict[tuple[int, ...], list[Sequence]] = {}
-        for sequence in sequences:
-            leaders.setdefault(tuple(sequence.tokens), []).append(sequence)
-        heads = [alike[0] for alike in leaders.values()]
+        teams = _equals(sequences)
+        apart = group.beams is not None and len(teams) > 1  # they go on together, each from its own last token
+        if apart:
+            teams = [[sequence] for sequence in sequences]
+        heads = [team[0] for team in teams]
         if len(sequences) > self._batch.num_free:
             return False
         self._batch.seat(sequences)
@@ -50,8 +51,8 @@ class Admission:
             return False
         if heads[0].num_output_tokens == 0:
             group.num_cached_tokens = positions[0]
-        self.followers |= {alike[0]: alike[1:] for alike in leaders.values() if len(alike) > 1}
-        self._start(group, heads, positions)
+        self.followers |= {team[0]: team[1:] for team in teams if len(team) > 1}
+        self._start(group, heads, positions, apart)
         draft.admitted += heads
         return True
 
@@ -71,8 +72,7 @@ class Admission:
             [s.row for s in heads], tokens, salt=group.cache_salt, use_cache=use_cache, reserve=reserve
         )
 
-    def _start(self, group: SequenceGroup, heads: list[Sequence], positions: list[int]) -> None:
-        apart = group.beams is not None and len(heads) > 1  # they go on together, each from its own last token
+    def _start(self, group: SequenceGroup, heads: list[Sequence], positions: list[int], apart: bool) -> None:
         for sequence, position in zip(heads, positions, strict=True):
             last = len(sequence.tokens) - 1
             # One token behind and nobody to fork: that is the decode lane's work.
@@ -117,3 +117,11 @@ class Admission:
         self.followers.pop(sequence, None)
         if sequence in self.catching_up:
             self.catching_up.remove(sequence)
+
+
+def _equals(sequences: list[Sequence]) -> list[list[Sequence]]:
+    """Sequences that have the same tokens, together."""
+    teams: dict[tuple[int, ...], list[Sequence]] = {}
+    for sequence in sequences:
+        teams.setdefault(tuple(sequence.tokens), []).append(sequence)
+    return list(teams.values())
