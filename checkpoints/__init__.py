@@ -3,7 +3,7 @@
     checkpoint = checkpoints.load("smollm2-135m", dtype="bfloat16")
     checkpoint.config, checkpoint.params, checkpoint.tokenizer
 
-Reads GGUF files and Hugging Face safetensors folders of all model families. Needs neither PyTorch nor, for
+Reads GGUF files, Hugging Face safetensors folders and Orbax directories of all model families. Needs neither PyTorch nor, for
 GGUF, the `gguf` package; never unpickles, evaluates or downloads code. It imports nothing of jpaged but
 `jpaged.models.config`.
 """
