@@ -138,5 +138,5 @@ def test_another_family(params, tmp_path):
     path = standard(tmp_path, params)
     values = json.loads((MODEL / "config.json").read_text()) | {"model_type": "qwen2"}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(MissingWeightsError, match="surplus: .*q_norm"):
+    with pytest.raises(MissingWeightsError, match=r"surplus: .*q_norm"):
         load(path)
