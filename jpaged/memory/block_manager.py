@@ -278,6 +278,11 @@ class BlockManager:
             self.truncate_parked(table, 0)
             del self._parked[table]
 
+    @property
+    def parked(self) -> list[Table]:
+        """The longest parked first."""
+        return list(self._parked)
+
     def reclaim(self, wanted: int) -> None:
         """Releases parked tables, the longest parked first, until `wanted` blocks are free or none is left."""
         for table in list(self._parked):

@@ -181,7 +181,8 @@ def attend(
     rows, tiles = layout.num_decodes, layout.num_tiles
     lanes = []
     if rows:
-        lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, layout.decode_lengths, **options))
+        lengths, shared = layout.decode_lengths, layout.decode_shared
+        lanes.append(paged_decode_attention(q[:rows], kv, layout.decode_tables, lengths, shared=shared, **options))
     if tiles:
         out = paged_prefill_attention(
             q[rows:].reshape(tiles, -1, *q.shape[1:]),  # [P, C, Hq, D]

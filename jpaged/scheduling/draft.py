@@ -8,6 +8,7 @@ from jpaged.memory import Swapped
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile, Variant, logprob_width, smallest_bucket
 from jpaged.scheduling.roster import Roster
+from jpaged.scheduling.sharing import Piece
 from jpaged.sequence import Sequence, SequenceGroup
 
 
@@ -27,6 +28,7 @@ class Draft:
     rows: np.ndarray = dataclasses.field(default_factory=_none)
     new_blocks: np.ndarray = dataclasses.field(default_factory=_none)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    shared: list[Piece] = dataclasses.field(default_factory=list)
     tiles: list[Tile] = dataclasses.field(default_factory=list)
     forked: dict[int, list[Sequence]] = dataclasses.field(default_factory=dict)
     """Number of a tile -> the sequences that draw their next token after it, besides the tile's own."""
@@ -66,6 +68,7 @@ class Draft:
             new_blocks=self.new_blocks,
             tiles=self.tiles,
             sampling=sampling,
+            shared=self.shared,
             result_rows=np.array([s.row for s in sampling], np.int32),
             result_tokens=result_tokens,
             beams=_beams(sampling, roster) if variant.num_beam_candidates else [],

@@ -30,6 +30,7 @@ from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.draft import Draft
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile
 from jpaged.scheduling.roster import Roster
+from jpaged.scheduling.sharing import SharingFinder
 from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup, Status
 
 PreemptionMode = Literal["auto", "swap", "recompute"]
@@ -77,6 +78,7 @@ class Scheduler:
         self._catching_up: list[Sequence] = []  # running sequences with prefill work left, by order
         self._followers: dict[Sequence, list[Sequence]] = {}  # of a leader that is catching up
         self._edits = Edits()  # decided by the last commit
+        self.sharing = SharingFinder(blocks)
 
     @property
     def has_work(self) -> bool:
@@ -182,6 +184,7 @@ class Scheduler:
             self._preempt(self.roster.newest_running(), draft)
         draft.rows = rows
         draft.new_blocks, draft.copies = self.blocks.make_writable(writes)
+        draft.shared = self.sharing.find(rows, self.batch.position[rows])
 
     def _schedule_chunks(self, draft: Draft, budget: int) -> None:
         """Cuts the work of sequences that are behind into tiles, oldest first, until the budget is spent."""

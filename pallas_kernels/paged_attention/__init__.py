@@ -7,5 +7,13 @@ from pallas_kernels.paged_attention.api import (
     write_kv,
 )
 from pallas_kernels.paged_attention.quantized import QuantizedKV
+from pallas_kernels.paged_attention.shared import SharedPrefixes
 
-__all__ = ["QuantizedKV", "paged_decode_attention", "paged_prefill_attention", "pool_shape", "write_kv"]
+__all__ = [
+    "QuantizedKV",
+    "SharedPrefixes",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "pool_shape",
+    "write_kv",
+]

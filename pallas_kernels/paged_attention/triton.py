@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.dispatch import Device
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
+from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.splits import num_items, plan_splits
 from pallas_kernels.paged_attention.tiles import Tiles, decode_tiles, prefill_tiles
 
@@ -178,10 +179,15 @@ def paged_decode_attention(
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     split_tokens: int | None = None,
+    shared: SharedPrefixes | None = None,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Any:
-    """See `api.paged_decode_attention`. Two launches: the splits, and their merge where rows can have several."""
+    """See `api.paged_decode_attention`. Two launches: the splits, and their merge where rows can have several.
+
+    What rows share is read by each of them.
+    """
+    del shared
     rows, heads, size = q.shape
     tiles = tiles or decode_tiles(size, q.dtype.itemsize)
     options = {"scale": scale, "window": sliding_window, "cap": logit_soft_cap}

@@ -9,13 +9,23 @@ over elements) and the exponential into a broadcast (which then is not vectorise
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
+from pallas_kernels.paged_attention.shared import SharedPrefixes
+
+
+class Seen(NamedTuple):
+    """An online softmax on its way."""
+
+    high: jax.Array  # float32 [n, Hkv, M]: largest score
+    total: jax.Array  # float32 [n, Hkv, M]: sum of exp(score - high)
+    out: jax.Array  # float32 [n, Hkv, M, D]: sum of exp(score - high) * value
+
 
 LOWEST = -1e30  # where a running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
 
@@ -45,6 +55,7 @@ def paged_decode_attention(
     sinks: jax.Array | None = None,
     return_lse: bool = False,
     split_tokens: int | None = None,
+    shared: SharedPrefixes | None = None,
     group_rows: int = 16,
     chunk_blocks: int = 8,
 ) -> Any:
@@ -53,17 +64,12 @@ def paged_decode_attention(
     rows, heads, size = q.shape
     kv_heads = pool_values(kv).shape[2]
     end = lengths.astype(jnp.int32)[:, None]  # [R, 1]
-    out, lse = _attend(
-        q.reshape(rows, kv_heads, -1, size) * scale,
-        kv,
-        tables,
-        _begin(end, sliding_window),
-        end,
-        logit_soft_cap,
-        None if sinks is None else sinks.reshape(kv_heads, -1),
-        group_rows,
-        chunk_blocks,
-    )
+    q = q.reshape(rows, kv_heads, -1, size) * scale
+    begin = _begin(end, sliding_window)
+    seen = _nothing_seen(q, None if sinks is None else sinks.reshape(kv_heads, -1))
+    if shared is not None:
+        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks)
+    out, lse = _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks)
     out = out.reshape(rows, heads, size).astype(q.dtype)
     return (out, lse.reshape(rows, heads)) if return_lse else out
 
@@ -96,8 +102,8 @@ def paged_prefill_attention(
         tables,
         jnp.tile(begin, (1, group)),
         jnp.tile(end, (1, group)),
+        _nothing_seen(stacked, None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), c, axis=1)),
         logit_soft_cap,
-        None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), c, axis=1),
         max(1, 128 // c),
         chunk_blocks,
     )  # tiles together until products are worth two threads
@@ -112,29 +118,81 @@ def _begin(end: jax.Array, sliding_window: int | None) -> jax.Array:
     return jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
 
 
-def _attend(q, kv, tables, begin, end, logit_soft_cap, sinks, group_rows, chunk_blocks) -> tuple[jax.Array, jax.Array]:
-    """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row.
+def _nothing_seen(q: jax.Array, sinks: jax.Array | None) -> Seen:
+    """Where the online softmax of queries [R, Hkv, M, D] starts; a sink [Hkv, M] is a score that has no value."""
+    shape = q.shape[:-1]
+    if sinks is None:
+        return Seen(jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros(q.shape))
+    return Seen(jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape), jnp.zeros(q.shape))
 
-    Returns: float32 like q, and the log of the sum of exponentials [R, Hkv, M], sinks [Hkv, M] included.
+
+def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks) -> tuple[Seen, jax.Array]:
+    """Reads what rows share, once for all of them: their queries are stacked as if they were one row's.
+
+    Returns: what the rows have seen, and where the rest of each begins ([R, 1]).
     """
-    rows, width = tables.shape
+    rows, kv_heads, m, _ = q.shape
+    members = shared.rows.shape[1]
+    # Padding reads and writes a row beyond the last.
+    q, begin, seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), (q, begin, seen))
+    tables = _whole_chunks(tables, chunk_blocks)
+
+    def stack(x):  # [S, Hkv, M, ...] -> [1, Hkv, S * M, ...]
+        return jnp.swapaxes(x, 0, 1).reshape(1, kv_heads, members * m, *x.shape[3:])
+
+    def unstack(x):
+        return jnp.swapaxes(x.reshape(kv_heads, members, m, *x.shape[3:]), 0, 1)
+
+    def body(carry):
+        i, begin, seen = carry
+        mine, length = shared.rows[i], shared.lengths[i]
+        mine = jnp.where(mine < 0, rows, mine)
+        piece = _online_softmax(
+            kv,
+            logit_soft_cap,
+            chunk_blocks,
+            stack(q[mine]),
+            tables[mine[:1]],
+            jnp.repeat(begin[mine, 0], m)[None],
+            jnp.full((1, members * m), length),
+            Seen(*(stack(x[mine]) for x in seen)),
+        )
+        seen = Seen(*(x.at[mine].set(unstack(new)) for x, new in zip(seen, piece, strict=True)))
+        return i + 1, begin.at[mine, 0].max(length), seen
+
+    count = (shared.lengths > 0).sum()  # those without padding come first
+    _, begin, seen = lax.while_loop(lambda carry: carry[0] < count, body, (0, begin, seen))
+    return jax.tree.map(lambda x: x[:rows], seen), begin[:rows]
+
+
+def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks) -> tuple[jax.Array, jax.Array]:
+    """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row, and what `seen` has.
+
+    Returns: float32 like q, and the log of the sum of exponentials [R, Hkv, M].
+    """
+    rows = len(tables)
     taken = min(group_rows, rows)
     pad = -rows % taken
     order = jnp.argsort(-jnp.pad(end.max(-1), (0, pad), constant_values=-1))  # longest first; made-up rows last
-    tables = jnp.pad(tables, ((0, 0), (0, -width % chunk_blocks)))
+    tables = _whole_chunks(tables, chunk_blocks)
 
     def in_groups(x):
         return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, taken, *x.shape[1:])
 
-    loop = functools.partial(_online_softmax, kv, logit_soft_cap, sinks, chunk_blocks)
-    results = lax.map(lambda group: loop(*group), tuple(in_groups(x) for x in (q, tables, begin, end)))
+    loop = functools.partial(_online_softmax, kv, logit_soft_cap, chunk_blocks)
+    results = lax.map(lambda group: loop(*group), jax.tree.map(in_groups, (q, tables, begin, end, seen)))
     back = jnp.argsort(order)[:rows]
-    out, lse = (x.reshape(rows + pad, *x.shape[2:])[back] for x in results)
-    return out, lse
+    high, total, out = (x.reshape(rows + pad, *x.shape[2:])[back] for x in results)
+    total = jnp.maximum(total, 1e-30)
+    return out / total[..., None], jnp.where(end[:, None] > 0, high + jnp.log(total), -jnp.inf)
 
 
-def _online_softmax(kv: KV, logit_soft_cap, sinks, chunk_blocks, q, tables, begin, end) -> tuple[jax.Array, jax.Array]:
-    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1] -> like `_attend`."""
+def _whole_chunks(tables: jax.Array, chunk_blocks: int) -> jax.Array:
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % chunk_blocks)))
+
+
+def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end, seen: Seen) -> Seen:
+    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1]."""
     n, kv_heads, m, size = q.shape
     values, scales = kv if isinstance(kv, QuantizedKV) else (kv, None)
     block_size = values.shape[3]
@@ -177,11 +235,5 @@ def _online_softmax(kv: KV, logit_soft_cap, sinks, chunk_blocks, q, tables, begi
 
     last = end.max()
     first = jnp.minimum(jnp.where(end > 0, begin, last).min(), last) // span  # a window skips what nobody sees
-    shape = (n, kv_heads, m)
-    high, total = jnp.full(shape, LOWEST), jnp.zeros(shape)
-    if sinks is not None:  # a score seen already, that has no value
-        high, total = jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape)
-    carry = (first, high, total, jnp.zeros((*shape, size)))
-    _, high, total, out = lax.while_loop(lambda carry: carry[0] * span < last, body, carry)
-    lse = jnp.where((end > 0)[..., 0], high + jnp.log(jnp.maximum(total, 1e-30)), -jnp.inf)
-    return out / jnp.maximum(total, 1e-30)[..., None], lse
+    _, *after = lax.while_loop(lambda carry: carry[0] * span < last, body, (first, *seen))
+    return Seen(*after)

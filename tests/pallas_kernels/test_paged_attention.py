@@ -10,6 +10,7 @@ import pytest
 
 from pallas_kernels.paged_attention import (
     QuantizedKV,
+    SharedPrefixes,
     paged_decode_attention,
     paged_prefill_attention,
     pool_shape,
@@ -114,6 +115,39 @@ def test_decode(case, implementation):
         made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
     )
     check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
+
+
+def share(made: Made, block: int) -> SharedPrefixes:
+    """Lets rows begin with the blocks of longer ones; pieces of two to three rows, and padding of both kinds."""
+    order = np.argsort(-made.lengths)
+    rows, lengths = np.full((4, 3), -1, np.int32), np.zeros(4, np.int32)
+    for members in (order[:2], order[2:5]):
+        common = max(made.lengths[members].min() - 1, 0) // block if len(members) > 1 else 0
+        if common:
+            made.tables[members, :common] = made.tables[members[0], :common]
+            at = np.flatnonzero(lengths == 0)[0]
+            rows[at, : len(members)], lengths[at] = members, common * block
+    return SharedPrefixes(jnp.asarray(rows), jnp.asarray(lengths))
+
+
+@pytest.mark.parametrize(("case", "implementation"), RUNS)
+def test_shared_prefixes_change_nothing(case, implementation):
+    made = make(case)
+    made.lengths[-2:] = np.maximum(made.lengths[-2:], min(40, made.tables.shape[1] * (CASES | XLA_CASES)[case].block))
+    made.tables[made.tables == 0] = 1  # lengths have grown: any block will do
+    shared = share(made, (CASES | XLA_CASES)[case].block)
+    got = decode(made, return_lse=True, implementation=implementation, shared=shared)
+    real = (made.lengths > 0).astype(np.int32)
+    oracle = paged_attention(
+        made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
+    )
+    check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
+
+
+def test_shared_prefixes_are_shared_in_the_test_above():
+    made = make("smollm2")
+    assert (np.asarray(share(made, 16).lengths) > 0).sum() == 1
+    assert (np.asarray(share(make("more rows than a group"), 8).lengths) > 0).sum() == 2
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from jpaged.scheduling.beam_search import path
 from jpaged.scheduling.beams import Candidates, new_search
 from jpaged.scheduling.plan import make_buckets, split_packed
 from jpaged.scheduling.scheduler import PreemptionMode
+from jpaged.scheduling.sharing import SharingFinder
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
 
 VOCAB = 4
@@ -100,8 +101,8 @@ class Device:
     def run(self, plan: StepPlan) -> tuple[np.ndarray, Candidates | None]:
         """Runs the packed plan; returns a token for each of the bucket's results, and the beams' candidates."""
         packed = plan.pack(self.null_row)
-        decode, prefill, results = split_packed(packed, plan.bucket)
-        self._copy(results[2:, : packed[-1]].T.tolist())
+        decode, prefill, results, num_copies, pieces = split_packed(packed, plan.bucket)
+        self._copy(results[2:, : num_copies[0]].T.tolist())
         rows, positions, new_blocks = decode.tolist()
         for row, position, block in zip(rows, positions, new_blocks, strict=True):
             if block:
@@ -114,6 +115,7 @@ class Device:
             assert length <= self.tile_size
             if row != self.null_row:
                 work.append((row, start, start + length))
+        self._check_pieces(pieces, decode)
         self._write(work)
         for row, start, end in work:
             self._check(row, start, end)
@@ -130,6 +132,18 @@ class Device:
         assert len(set(destinations)) == len(copies)
         assert not set(sources) & set(destinations)
         blocks[destinations] = blocks[sources]
+
+    def _check_pieces(self, pieces: np.ndarray, decode: np.ndarray) -> None:
+        """Rows that are read together share blocks that are full and before all of their queries; a row is in one piece."""
+        seen: list[int] = []
+        for *members, count in pieces.tolist():
+            if count:
+                rows, positions, _ = decode[:, [m for m in members if m >= 0]]
+                assert len(rows) > 1
+                assert (self.tables[rows, :count] == self.tables[rows[0], :count]).all()
+                assert (count * self.block_size <= positions).all()
+                seen += rows.tolist()
+        assert len(set(seen)) == len(seen)
 
     def _of_token(self, token: int, decode: np.ndarray, prefill: np.ndarray) -> tuple[int, int]:
         """(row, position) of one of the step's tokens."""
@@ -229,6 +243,7 @@ class NullEngine:
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,
         )
+        self.scheduler.sharing = SharingFinder(self.blocks, min_members=2, min_saved_tokens=1)
         self.max_len, self.budget, self.checked = max_len, budget, checked
         self.prefixes = Prefixes()
         self.device = Device(

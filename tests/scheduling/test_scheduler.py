@@ -7,6 +7,7 @@ from jpaged.errors import InvalidRequestError
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Bucket, StepPlan, Tile, Variant
 from jpaged.scheduling.plan import Edits, make_buckets, sampling_variant, smallest_bucket
+from jpaged.scheduling.sharing import MEMBERS, Piece
 from jpaged.sequence import FinishReason, Status
 from tests.scheduling.null_engine import NullEngine
 
@@ -295,7 +296,7 @@ def test_nothing_to_do_is_no_plan():
 
 def test_pack_pads_with_the_null_row():
     plan = StepPlan(
-        bucket=Bucket(3, 2),
+        bucket=Bucket(4, 2),
         variant=Variant(),
         swaps_out=[],
         swaps_in=[],
@@ -310,20 +311,22 @@ def test_pack_pads_with_the_null_row():
         sampling=[None] * 4,
         result_rows=np.array([4, 1, 5, 6], np.int32),
         result_tokens=np.array([0, 1, 19, 19], np.int32),
+        shared=[Piece([1, 0], 2), Piece([0, 1], 1)],  # one more than the bucket has room for
         beams=[],
     )
     assert plan.pack(99).reshape(-1).tolist() == [
-        *(4, 1, 99),
-        *(9, 16, 0),
-        *(0, 7, 0),  # decode lane: rows, positions, new blocks
+        *(4, 1, 99, 99),
+        *(9, 16, 0, 0),
+        *(0, 7, 0, 0),  # decode lane: rows, positions, new blocks
         *(5, 99),
         *(32, 0),
         *(17, 0),
-        *(4, 1, 5, 6, 99),  # tiles: rows, starts, lengths
-        *(0, 1, 19, 19, 0),  # results: rows, tokens
-        *(8, 0, 0, 0, 0),
-        *(9, 0, 0, 0, 0),  # copies: sources, destinations, and how many they are
-        1,
+        *(4, 1, 5, 6, 99, 99),  # tiles: rows, starts, lengths
+        *(0, 1, 19, 19, 0, 0),  # results: rows, tokens
+        *(8, 0, 0, 0, 0, 0),
+        *(9, 0, 0, 0, 0, 0),
+        1,  # copies: sources, destinations, and how many they are
+        *(1, 0, *[-1] * (MEMBERS - 2), 2),  # a shared piece: members, blocks
     ]
     assert plan.num_tokens == 19
 
