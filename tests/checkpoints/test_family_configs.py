@@ -6,7 +6,7 @@ import json
 import pytest
 from checkpoint_files import GOLDENS
 
-from jpaged.models.config import FULL, SLIDING, RopeConfig, UnsupportedModelError, config_from_hf
+from jpaged.models.config import FULL, SLIDING, ModelConfigError, RopeConfig, UnsupportedModelError, config_from_hf
 
 MODELS = GOLDENS / "models"
 
@@ -149,4 +149,25 @@ def test_longrope_takes_the_short_factors_if_texts_stay_short():
 )
 def test_options_that_are_not_implemented_are_refused(name, changes):
     with pytest.raises(UnsupportedModelError, match=next(iter(changes))):
+        changed(name, **changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "pattern"),
+    [
+        ("mixtral", {"num_local_experts": 4096, "num_hidden_layers": 4096}, "experts in all"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok"),
+        ("deepseek_v3", {"n_group": 3}, "n_group"),
+        ("deepseek_v3", {"n_group": 8}, "at least 2"),
+        ("deepseek_v3", {"topk_group": 1}, "fewer than 3 experts"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "even"),
+        ("gemma3_text", {"rope_parameters": {FULL: {"rope_theta": 1e6}}}, SLIDING),
+        ("smollm3", {"no_rope_layers": [1, 1, 1, 2]}, "no_rope_layers"),
+        ("qwen3_moe", {"mlp_only_layers": [[1]]}, "mlp_only_layers"),
+        ("gemma2", {"layer_types": [FULL]}, "layer_types"),
+        ("gpt2", {"n_embd": 65}, "multiple"),
+    ],
+)
+def test_values_that_contradict_each_other_are_refused(name, changes, pattern):
+    with pytest.raises(ModelConfigError, match=pattern):
         changed(name, **changes)
