@@ -125,14 +125,20 @@ class DeepseekV3MoE(nn.Module):
 
 
 class DeepseekV3Layer(LlamaLayer):
+    """Llama's, with latent attention."""
+
     attention_class = LatentAttention
 
 
 class DeepseekV3SparseLayer(DeepseekV3Layer):
+    """With experts, too."""
+
     mlp_class = DeepseekV3MoE
 
 
 class DeepseekV3ForCausalLM(CausalLM):
+    """DeepSeek-V3 and R1."""
+
     config: DeepseekV3Config
 
     def make_layer(self, index: int) -> DecoderLayer:

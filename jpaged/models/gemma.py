@@ -31,6 +31,8 @@ class GemmaRMSNorm(nn.Module):
 
 
 class Gemma2Attention(Attention):
+    """Capped scores."""
+
     config: Gemma2Config
 
     @property
@@ -39,6 +41,8 @@ class Gemma2Attention(Attention):
 
 
 class Gemma3Attention(Gemma2Attention):
+    """q and k normed, head by head."""
+
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = super().project(x)
         q = GemmaRMSNorm(self.config.norm_eps, self.dtype, name="q_norm")(q)
@@ -47,6 +51,8 @@ class Gemma3Attention(Gemma2Attention):
 
 
 class Gemma2Layer(DecoderLayer):
+    """Norms before and behind attention and MLP."""
+
     config: Gemma2Config
 
     attention_class: ClassVar[type[Gemma2Attention]] = Gemma2Attention
@@ -66,10 +72,14 @@ class Gemma2Layer(DecoderLayer):
 
 
 class Gemma3Layer(Gemma2Layer):
+    """Gemma 2's, with norms on q and k."""
+
     attention_class = Gemma3Attention
 
 
 class Gemma2ForCausalLM(CausalLM):
+    """Gemma 2."""
+
     config: Gemma2Config
     layer_class = Gemma2Layer
 
@@ -85,4 +95,6 @@ class Gemma2ForCausalLM(CausalLM):
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
+    """Gemma 3, text."""
+
     layer_class = Gemma3Layer

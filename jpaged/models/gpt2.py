@@ -10,6 +10,8 @@ from jpaged.models.layout import PagedLayout
 
 
 class GPT2Attention(Attention):
+    """One projection to q, k and v, in this order."""
+
     output_name = "c_proj"
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -19,6 +21,8 @@ class GPT2Attention(Attention):
 
 
 class GPT2Layer(DecoderLayer):
+    """LayerNorm before attention and before the MLP."""
+
     @nn.compact
     def __call__(
         self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
@@ -30,6 +34,8 @@ class GPT2Layer(DecoderLayer):
 
 
 class GPT2LMHeadModel(CausalLM):
+    """GPT-2."""
+
     layer_class = GPT2Layer
 
     def setup(self) -> None:

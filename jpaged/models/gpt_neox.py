@@ -10,6 +10,8 @@ from jpaged.models.layout import PagedLayout
 
 
 class GPTNeoXAttention(Attention):
+    """One projection to q, k and v."""
+
     output_name = "dense"
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -20,6 +22,8 @@ class GPTNeoXAttention(Attention):
 
 
 class GPTNeoXLayer(DecoderLayer):
+    """Attention and MLP side by side, or one after the other."""
+
     config: GPTNeoXConfig
 
     @nn.compact
@@ -34,6 +38,8 @@ class GPTNeoXLayer(DecoderLayer):
 
 
 class GPTNeoXForCausalLM(CausalLM):
+    """GPT-NeoX and Pythia."""
+
     layer_class = GPTNeoXLayer
 
     def make_norm(self) -> nn.Module:

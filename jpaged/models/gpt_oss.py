@@ -12,6 +12,8 @@ from jpaged.models.moe import Matmul, dispatch, softmax_top_k
 
 
 class GptOssAttention(Attention):
+    """A sink in every head."""
+
     def sinks(self) -> jax.Array:
         return self.param("sinks", nn.initializers.zeros, (self.config.num_attention_heads,))
 
@@ -43,6 +45,8 @@ class GptOssExperts(nn.Module):
 
 
 class GptOssMLP(nn.Module):
+    """A softmax over the chosen experts, and the experts."""
+
     config: GptOssConfig
     dtype: jnp.dtype
 
@@ -56,9 +60,13 @@ class GptOssMLP(nn.Module):
 
 
 class GptOssLayer(LlamaLayer):
+    """Llama's, of these two."""
+
     attention_class = GptOssAttention
     mlp_class = GptOssMLP
 
 
 class GptOssForCausalLM(CausalLM):
+    """GPT-OSS."""
+
     layer_class = GptOssLayer

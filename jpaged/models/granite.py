@@ -10,6 +10,8 @@ from jpaged.models.layout import PagedLayout
 
 
 class GraniteLayer(DecoderLayer):
+    """Llama's, with a factor on what it adds to the residual stream."""
+
     config: GraniteConfig
 
     @nn.compact
@@ -25,6 +27,8 @@ class GraniteLayer(DecoderLayer):
 
 
 class GraniteForCausalLM(CausalLM):
+    """Granite."""
+
     config: GraniteConfig
     layer_class = GraniteLayer
 

@@ -176,8 +176,8 @@ def attend(
     }
     if kv is None or layout is None:
         return _dense(q, k, v, **options), kv
-    width = v.shape[-1]
-    kv = write_kv(kv, k, jnp.pad(v, ((0, 0), (0, 0), (0, k.shape[-1] - width))), layout.slots)
+    narrower = k.shape[-1] - v.shape[-1]
+    kv = write_kv(kv, k, jnp.pad(v, ((0, 0), (0, 0), (0, narrower))) if narrower else v, layout.slots)
     rows, tiles = layout.num_decodes, layout.num_tiles
     lanes = []
     if rows:
@@ -193,7 +193,8 @@ def attend(
             **options,
         )
         lanes.append(out.reshape(-1, *q.shape[1:]))
-    return (jnp.concatenate(lanes) if len(lanes) > 1 else lanes[0])[..., :width], kv
+    out = jnp.concatenate(lanes) if len(lanes) > 1 else lanes[0]
+    return out[..., : v.shape[-1]] if narrower else out, kv
 
 
 def _dense(q, k, v, *, scale, sliding_window, logit_soft_cap, sinks) -> jax.Array:

@@ -6,8 +6,12 @@ from jpaged.models.moe import SparseMLP
 
 
 class MixtralLayer(LlamaLayer):
+    """Llama's, with experts."""
+
     mlp_class = SparseMLP
 
 
 class MixtralForCausalLM(CausalLM):
+    """Mixtral."""
+
     layer_class = MixtralLayer

@@ -9,6 +9,8 @@ from jpaged.models.layout import PagedLayout
 
 
 class Olmo2Attention(Attention):
+    """q and k normed, all heads together."""
+
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads, kv_heads = self.config.num_attention_heads, self.config.num_key_value_heads
         q = nn.RMSNorm(self.config.norm_eps, self.dtype, name="q_norm")(self.projection("q_proj", heads)(x))
@@ -18,6 +20,8 @@ class Olmo2Attention(Attention):
 
 
 class Olmo2Layer(DecoderLayer):
+    """Norms between each block and the residual stream."""
+
     @nn.compact
     def __call__(
         self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
@@ -30,4 +34,6 @@ class Olmo2Layer(DecoderLayer):
 
 
 class Olmo2ForCausalLM(CausalLM):
+    """OLMo 2."""
+
     layer_class = Olmo2Layer

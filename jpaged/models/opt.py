@@ -15,10 +15,14 @@ _FIRST_POSITION = 2
 
 
 class OPTAttention(Attention):
+    """Llama's, under OPT's name of the output projection."""
+
     output_name = "out_proj"
 
 
 class OPTLayer(DecoderLayer):
+    """LayerNorm before attention and MLP, or behind the residual additions."""
+
     config: OPTConfig
 
     @nn.compact
@@ -43,6 +47,8 @@ class OPTLayer(DecoderLayer):
 
 
 class OPTForCausalLM(CausalLM):
+    """OPT."""
+
     config: OPTConfig
     layer_class = OPTLayer
 

@@ -11,6 +11,8 @@ from jpaged.models.llama import LlamaLayer
 
 
 class Phi3Attention(Attention):
+    """One projection to q, k and v, in this order."""
+
     input_bias = False
     output_bias = False
 
@@ -22,6 +24,8 @@ class Phi3Attention(Attention):
 
 
 class Phi3MLP(nn.Module):
+    """A gated MLP whose gate and up are one projection, in this order."""
+
     config: ModelConfig
     dtype: jnp.dtype
 
@@ -35,9 +39,13 @@ class Phi3MLP(nn.Module):
 
 
 class Phi3Layer(LlamaLayer):
+    """Llama's, of these two."""
+
     attention_class = Phi3Attention
     mlp_class = Phi3MLP
 
 
 class Phi3ForCausalLM(CausalLM):
+    """Phi 3 and 4."""
+
     layer_class = Phi3Layer

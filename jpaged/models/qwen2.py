@@ -6,13 +6,19 @@ from jpaged.models.llama import LlamaLayer
 
 
 class Qwen2Attention(Attention):
+    """Biases on q, k and v, whatever the configuration says."""
+
     input_bias = True
     output_bias = False
 
 
 class Qwen2Layer(LlamaLayer):
+    """Llama's, with these biases."""
+
     attention_class = Qwen2Attention
 
 
 class Qwen2ForCausalLM(CausalLM):
+    """Qwen 2."""
+
     layer_class = Qwen2Layer

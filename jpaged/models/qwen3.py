@@ -9,6 +9,8 @@ from jpaged.models.llama import LlamaLayer
 
 
 class Qwen3Attention(Attention):
+    """q and k normed, head by head."""
+
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = super().project(x)
         q = nn.RMSNorm(self.config.norm_eps, self.dtype, name="q_norm")(q)
@@ -17,8 +19,12 @@ class Qwen3Attention(Attention):
 
 
 class Qwen3Layer(LlamaLayer):
+    """Llama's, with these norms."""
+
     attention_class = Qwen3Attention
 
 
 class Qwen3ForCausalLM(CausalLM):
+    """Qwen 3."""
+
     layer_class = Qwen3Layer

@@ -8,10 +8,14 @@ from jpaged.models.qwen3 import Qwen3Layer
 
 
 class Qwen3SparseLayer(Qwen3Layer):
+    """Qwen 3's, with experts."""
+
     mlp_class = SparseMLP
 
 
 class Qwen3MoeForCausalLM(CausalLM):
+    """Qwen 3 MoE."""
+
     config: Qwen3MoeConfig
 
     def make_layer(self, index: int) -> DecoderLayer:

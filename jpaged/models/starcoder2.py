@@ -9,6 +9,8 @@ from jpaged.models.layout import PagedLayout
 
 
 class Starcoder2Layer(DecoderLayer):
+    """LayerNorm before attention and before the MLP."""
+
     @nn.compact
     def __call__(
         self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
@@ -21,6 +23,8 @@ class Starcoder2Layer(DecoderLayer):
 
 
 class Starcoder2ForCausalLM(CausalLM):
+    """StarCoder 2."""
+
     layer_class = Starcoder2Layer
 
     def make_norm(self) -> nn.Module:

@@ -5,7 +5,14 @@ from typing import Any, ClassVar
 
 from jpaged.models.config.base import FULL, SLIDING, ModelConfig
 from jpaged.models.config.llama import Qwen3Config
-from jpaged.models.config.values import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ModelConfigError, Reader
+from jpaged.models.config.values import (
+    MAX_EXPERTS,
+    MAX_EXPERTS_IN_ALL,
+    MAX_LAYERS,
+    MAX_WIDTH,
+    ModelConfigError,
+    Reader,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,11 @@ class MoEConfig(ModelConfig):
     def _fields(cls, read: Reader) -> dict[str, Any]:
         fields = super()._fields(read)
         experts = read.size("num_local_experts", maximum=MAX_EXPERTS)
+        if experts * fields["num_hidden_layers"] > MAX_EXPERTS_IN_ALL:
+            raise ModelConfigError(
+                f"{fields['num_hidden_layers']} layers of {experts} experts are beyond the limit of "
+                f"{MAX_EXPERTS_IN_ALL} experts in all"
+            )
         return fields | {
             "num_local_experts": experts,
             "num_experts_per_tok": read.size("num_experts_per_tok", maximum=experts),

@@ -9,7 +9,8 @@ MAX_WIDTH = 1 << 20
 MAX_VOCAB = 1 << 23
 MAX_LAYERS = 4096
 MAX_HEADS = 4096
-MAX_EXPERTS = 1 << 14
+MAX_EXPERTS = 1 << 12
+MAX_EXPERTS_IN_ALL = 1 << 18  # of all layers: files hold a tensor for each
 MAX_POSITIONS = 1 << 30
 
 
