@@ -35,8 +35,8 @@ class Draft:
 
     @property
     def empty(self) -> bool:
-        """Whether the device has nothing to do: nothing to compute, and nothing to move."""
-        return not (len(self.rows) or self.tiles or self.swaps_out or self.swaps_in)
+        """Whether the device has nothing to do: nothing to compute, to move, or to learn."""
+        return not (len(self.rows) or self.tiles or self.swaps_out or self.swaps_in or self.admitted)
 
     def finish(self, batch: Batch, roster: Roster, buckets: tuple[Bucket, ...], tile_size: int) -> StepPlan:
         """Makes the plan, and moves the decode lane's rows one position on."""

@@ -23,6 +23,10 @@ class Roster:
     def __bool__(self) -> bool:
         return bool(self.num_waiting or self.running or self.swapped)
 
+    @property
+    def unfinished(self) -> list[SequenceGroup]:
+        return [*self.running, *self.swapped, *self.waiting]
+
     def wait(self, group: SequenceGroup) -> None:
         group.status = Status.WAITING
         heapq.heappush(self._waiting, (group.order, group))
