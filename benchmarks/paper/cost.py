@@ -65,23 +65,29 @@ class Software:
     weights: float = 0.893
     """Share of the bandwidth when weights are read. FasterTransformer's own log in the artefact (OPT-13B, 102 batches)
     is 18.5 ms a step + 0.57 ms per 1,000 cached tokens to 0.5 %: 25.7 GB in 18.5 ms."""
-    kv: float = 0.535
+    kv: float = 0.757
     """Share of the bandwidth when blocks are read. Figure 18a, context 256, batch 8 to 32: 151 us for 126 MB."""
-    matmul: float = 0.62
+    matmul: float = 0.657
     """Share of the peak in compute-bound products. Figure 19a: 256 tokens recomputed in 37.5 / 0.9 ms, host included
     (the released script multiplies by 0.9)."""
-    host_step: float = 8e-3
+    host_step: float = 9.3e-3
     """Seconds a step. Figure 12a, vLLM at 1 req/s: 0.037 s/token."""
     host_group: float = 0.2e-3
     """Seconds for each request that is sampled from. Figure 14, vLLM, n = 6."""
     host_sequence: float = 0.12e-3
     """Seconds for each sequence that is sampled from. Figure 12d, vLLM's capacity."""
     all_reduce: float = 30e-6
-    """Seconds of latency of one of a layer's two all-reduces. Figure 12b, vLLM's capacity (Ray's share included)."""
+    """Seconds of latency of one of a layer's two all-reduces; a usual value for NVLink."""
+    remote_step: float = 10e-3
+    """Seconds a step for calling the workers of a tensor parallel model (Ray). Figure 12b, vLLM's capacity."""
+    remote_sequence: float = 0.13e-3
+    """The same for each sequence. Figure 12e, vLLM's capacity."""
 
 
 VLLM_2023 = Software()
-FASTER_TRANSFORMER = dataclasses.replace(VLLM_2023, kv=0.613, host_step=0.0, host_group=0.0, host_sequence=0.0)
+FASTER_TRANSFORMER = dataclasses.replace(
+    VLLM_2023, kv=0.931, host_step=0.0, host_group=0.0, host_sequence=0.0, remote_step=0.0, remote_sequence=0.0
+)
 """C++ without a host's shadow; its attention kernel by figure 18a (132 us for the same 126 MB)."""
 
 PCIE_BANDWIDTH = 2 * 256 * 819_200 / 33.4e-3
@@ -124,21 +130,21 @@ class CostModel:
         self._kv = model.kv_bytes / n / (gpu.bandwidth * software.kv)
         self._copy = 2 * block_size * model.kv_bytes / n / gpu.bandwidth
         reduces = 2 * model.layers if n > 1 else 0
-        self._reduce = reduces * software.all_reduce
+        self._step = software.host_step + reduces * software.all_reduce + (software.remote_step if n > 1 else 0)
+        self._sequence = software.host_sequence + (software.remote_sequence if n > 1 else 0)
         self._reduce_token = reduces * 2 * model.hidden * 2 * (n - 1) / n / gpu.link
         self._swap = self.swap(block_size, 1)
 
     def step(self, work: Work) -> float:
-        tokens, software = work.decodes + work.prompt, self.software
+        tokens = work.decodes + work.prompt
         return (
             max(self._weights, tokens * self._flop)
             + work.pairs * self._pair
             + work.context * self._kv
-            + self._reduce
             + tokens * self._reduce_token
-            + software.host_step
-            + work.groups * software.host_group
-            + work.samples * software.host_sequence
+            + self._step
+            + work.groups * self.software.host_group
+            + work.samples * self._sequence
             + work.copied * self._copy
             + work.swapped * self._swap
         )

@@ -1,13 +1,10 @@
-"""The systems that are compared, by name, and requests for them. All that the simulation takes from the engine's insides.
+"""The systems that are compared, by name, and requests for them: what the simulation takes from the engine's insides.
 
-    jpaged        jpaged's own scheduler and block manager, with the settings of the paper's vLLM
-    orca-oracle, orca-pow2, orca-max, ft     see baselines.py
+jpaged        jpaged's own scheduler and block manager, with the settings of the paper's vLLM
+orca-oracle, orca-pow2, orca-max, ft     see baselines.py
 """
 
 import dataclasses
-import itertools
-
-import numpy as np
 
 from benchmarks.paper.baselines import (
     FasterTransformerScheduler,

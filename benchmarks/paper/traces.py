@@ -20,6 +20,9 @@ FILES = {
 }
 QUANTUM_S = 0.01
 """Arrivals are Poisson counts in quanta of so many seconds."""
+MEANS = {"alpaca": (19.31, 58.45)}
+"""Mean prompt and output tokens that figure 11 prints, where the trace is a sample with other means: the first 5,000
+Alpaca items have 18.78 and 53.98. Their lengths are stretched to these."""
 MAX_LEN = 2048
 """Context of OPT; longer pairs are left out."""
 
@@ -44,6 +47,14 @@ def read_lengths(path: Path, max_len: int = MAX_LEN) -> np.ndarray:
     if not len(pairs):
         raise ValueError(f"{path} has no request shorter than {max_len} tokens")
     return pairs
+
+
+def load(folder: Path, data_set: str) -> np.ndarray:
+    """The pairs of a data set, stretched to the paper's means where they are known: int64 [requests, 2]."""
+    pairs = read_lengths(folder / FILES[data_set])
+    if data_set not in MEANS:
+        return pairs
+    return np.maximum(1, np.rint(pairs * (np.array(MEANS[data_set]) / pairs.mean(axis=0)))).astype(int)
 
 
 def poisson_arrivals(rate: float, duration: float, rng: np.random.Generator) -> np.ndarray:

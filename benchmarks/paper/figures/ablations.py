@@ -1,0 +1,80 @@
+"""Figure 18b (block size) and figure 19 (swapping against recomputing)."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, ClassVar
+
+from benchmarks.paper.cost import MODELS, CostModel
+from benchmarks.paper.figures.base import Row, point
+from benchmarks.paper.published import BLOCK_SIZES, FIG18B, FIG19A_RECOMPUTE, FIG19A_SWAP
+from benchmarks.paper.scenario import Scenario
+from benchmarks.paper.store import Job, Store
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+
+class BlockSizes:
+    """Normalized latency by block size, at rates just past what the paper's vLLM could take."""
+
+    title = "Block sizes, OPT-13B"
+    rates: ClassVar = {"sharegpt": 2.01, "alpaca": 30.1}
+
+    def _job(self, data: str, size: int, quick: bool) -> Job:
+        rate = self.rates[data]
+        return point(
+            Scenario(system="jpaged", model="opt-13b", data=data, rate=rate, duration=3600, block_size=size), quick
+        )
+
+    def jobs(self, quick: bool) -> Iterable[Job]:
+        return [self._job(data, size, quick) for data in self.rates for size in BLOCK_SIZES]
+
+    def _latency(self, store: Store, data: str, size: int, quick: bool) -> float:
+        return store[self._job(data, size, quick)]["normalized_latency"]
+
+    def rows(self, store: Store, quick: bool) -> list[Row]:
+        return [
+            Row("fig18b", f"{data}, block {size}", "s/token", paper, self._latency(store, data, size, quick))
+            for data in self.rates
+            for size, paper in zip(BLOCK_SIZES, FIG18B[data], strict=True)
+        ]
+
+    def draw(self, store: Store, quick: bool, canvas: "Canvas") -> None:
+        for axes, data in zip(canvas.subplots(1, 2), self.rates, strict=True):
+            axes.plot(BLOCK_SIZES, FIG18B[data], "o:", color="silver", label="paper")
+            axes.plot(BLOCK_SIZES, [self._latency(store, data, s, quick) for s in BLOCK_SIZES], "o-", label="jpaged")
+            axes.set_xscale("log", base=2)
+            axes.set_yscale("log")
+            axes.set(title=f"{data}, {self.rates[data]} req/s", xlabel="block size", ylabel="s/token")
+            axes.legend(fontsize=8)
+
+
+class Recovery:
+    """Milliseconds to swap 256 tokens of OPT-13B out and in, or to compute them again: the cost model's formulas."""
+
+    title = "Swapping against recomputing 256 tokens of OPT-13B"
+
+    def jobs(self, quick: bool) -> Iterable[Job]:
+        return []
+
+    @staticmethod
+    def _times(size: int) -> tuple[float, float]:
+        cost = CostModel(MODELS["opt-13b"], block_size=size)
+        return 1e3 * cost.swap(256), 1e3 * cost.recompute(256)
+
+    def rows(self, store: Store, quick: bool) -> list[Row]:
+        swaps = [
+            Row("fig19", f"swap out and in, block {size}", "ms", paper, self._times(size)[0])
+            for size, paper in zip(BLOCK_SIZES, FIG19A_SWAP, strict=True)
+        ]
+        return [*swaps, Row("fig19", "recompute, any block size", "ms", FIG19A_RECOMPUTE, self._times(16)[1])]
+
+    def draw(self, store: Store, quick: bool, canvas: "Canvas") -> None:
+        axes = canvas.subplots()
+        swap, recompute = zip(*map(self._times, BLOCK_SIZES), strict=True)
+        axes.plot(BLOCK_SIZES, FIG19A_SWAP, "o:", color="silver", label="paper: swap")
+        axes.plot(BLOCK_SIZES, [FIG19A_RECOMPUTE] * len(BLOCK_SIZES), ":", color="black", label="paper: recompute")
+        axes.plot(BLOCK_SIZES, swap, "o-", label="model: swap")
+        axes.plot(BLOCK_SIZES, recompute, "-", label="model: recompute")
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="block size", ylabel="ms", ylim=(0, 150))
+        axes.legend(fontsize=8)
