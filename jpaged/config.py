@@ -42,6 +42,11 @@ class EngineConfig:
     """Keep full blocks after use and share them between requests that begin alike."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     """fcfs: by arrival. priority: by the request's priority (smaller first), then by arrival."""
+    swap_space: float = 4.0
+    """GiB of host memory for the blocks of preempted requests (less if the machine has less); 0: none."""
+    preemption_mode: Literal["auto", "swap", "recompute"] = "auto"
+    """What becomes of the keys and values of a request that must make room. auto: one sequence's are computed again
+    later, those of several (n, beams) are swapped to host memory; computed again, too, if there is no room."""
     watermark: float = 0.01
     """Share of the blocks that admission leaves free."""
     prefill_tile_size: int = 16
@@ -62,7 +67,8 @@ class EngineConfig:
             "kv_cache_memory_bytes",
         )
         self._at_least(2, "num_gpu_blocks_override")
-        for name, low, high in (("gpu_memory_utilization", 0.0, 1.0), ("watermark", -1e-9, 0.5)):
+        bounds = (("gpu_memory_utilization", 0.0, 1.0), ("watermark", -1e-9, 0.5), ("swap_space", -1e-9, 1e6))
+        for name, low, high in bounds:
             if not low < getattr(self, name) <= high:
                 raise InvalidConfigError(
                     f"{name}={getattr(self, name)!r} must be above {max(low, 0):g} and at most {high:g}."
@@ -72,7 +78,11 @@ class EngineConfig:
                 f"max_num_batched_tokens={self.max_num_batched_tokens} is below "
                 f"prefill_tile_size={self.prefill_tile_size}: no prompt could be computed."
             )
-        for name, allowed in (("dtype", ("auto", "float32", "bfloat16")), ("scheduling_policy", ("fcfs", "priority"))):
+        for name, allowed in (
+            ("dtype", ("auto", "float32", "bfloat16")),
+            ("scheduling_policy", ("fcfs", "priority")),
+            ("preemption_mode", ("auto", "swap", "recompute")),
+        ):
             if getattr(self, name) not in allowed:
                 raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
 

@@ -19,6 +19,7 @@ from jpaged.runtime.runner import StepResult
 from jpaged.runtime.state import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_SUPPRESSED
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
+from jpaged.scheduling.beams import new_search
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup
 from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
@@ -108,8 +109,10 @@ class LLMEngine:
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         group.sequences = [
             Sequence(group, i, list(tokens), min(wanted, self.max_model_len), eos | frozenset(params.stop_token_ids))
-            for i in range(params.n)
+            for i in range(params.num_sequences)
         ]
+        if params.use_beam_search:
+            group.beams = new_search(group)
         self.scheduler.add(group)
         self._groups[request_id] = group
 
@@ -118,8 +121,7 @@ class LLMEngine:
         for one in [request_id] if isinstance(request_id, str) else list(request_id):
             group = self._groups.pop(one, None)
             if group is not None:
-                for sequence in group.unfinished:
-                    self.scheduler.finish(sequence, FinishReason.ABORT)
+                self.scheduler.abort(group)
                 self._aborted.append(group)
 
     abort_request = abort
@@ -157,7 +159,8 @@ class LLMEngine:
     def _step(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []
         # After an interrupt (Ctrl-C) in waiting, two steps are in flight; after one in launching, see `_launch`.
-        while len(self._in_flight) > (0 if self._interrupted else 1):
+        wait_for_all = self._interrupted or self.scheduler.needs_results
+        while len(self._in_flight) > (0 if wait_for_all else 1):
             outputs += self._commit()
         self._interrupted = False
         plan = self.scheduler.schedule()
@@ -170,6 +173,7 @@ class LLMEngine:
     def _launch(self, plan: StepPlan) -> None:
         """Uploads what the plan admits and puts the step on the device's queue."""
         try:
+            self.runner.prepare(plan)
             for sequence in plan.admitted:
                 self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
             self._in_flight.append(self.runner.launch(plan))
@@ -184,13 +188,12 @@ class LLMEngine:
         """Waits for the oldest step in flight and enters its tokens."""
         result = self._in_flight[0]
         start = time.perf_counter()
-        results, prompt_scores = result.read()
+        results = result.read()
         self.times.wait += time.perf_counter() - start
         self.times.steps += 1
         self._in_flight.popleft()
-        tokens = results[result.plan.result_rows, 0].tolist()
-        received = self.scheduler.commit(result.plan, tokens)
-        outputs = self._outputs.process(result.plan, received, results, prompt_scores)
+        received = self.scheduler.commit(result.plan, results.tokens, results.candidates)
+        outputs = self._outputs.process(result.plan, received, results.tokens, results.prompt_scores)
         for output in outputs:
             if output.finished:
                 self._groups.pop(output.request_id, None)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt, RequestOutput
-from jpaged.sampling_params import RequestOutputKind
+from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup
 from jpaged.tokenization import Detokenizer, find_stop, held_back
@@ -63,7 +63,7 @@ class OutputProcessor:
                 group.metrics.first_token_time = now
             if group.params.stop:
                 self._look_for_stop(sequence)
-            if group.finished or group.params.output_kind is not RequestOutputKind.FINAL_ONLY:
+            if group.finished or _streams(group.params):
                 touched[group] = None
         return [self.output(group) for group in touched]
 
@@ -71,7 +71,12 @@ class OutputProcessor:
         """A group's output as its `output_kind` has it; a finished group is forgotten."""
         if group.finished:
             group.metrics.finished_time = time.monotonic()
-        outputs = [self._completion(sequence) for sequence in group.sequences]
+        for sequence in group.sequences:
+            self._take_beam_logprobs(sequence)
+        sequences = group.sequences
+        if group.params.ranks_samples:
+            sequences = sorted(sequences, key=lambda s: -s.cumulative_logprob)[: group.params.n]
+        outputs = [self._completion(sequence, index) for index, sequence in enumerate(sequences)]
         if group.finished:
             for sequence in group.sequences:
                 self._shown.pop(sequence, None)
@@ -86,9 +91,10 @@ class OutputProcessor:
             num_cached_tokens=group.num_cached_tokens,
         )
 
-    def _completion(self, sequence: Sequence) -> CompletionOutput:
+    def _completion(self, sequence: Sequence, index: int) -> CompletionOutput:
         params, shown = sequence.group.params, self._state(sequence)
         text, tokens = self._text(sequence), sequence.output_token_ids
+        ranked = params.ranks_samples or params.use_beam_search
         logprobs = sequence.logprobs if params.logprobs is not None else None
         if params.output_kind is RequestOutputKind.DELTA:
             text_end, tokens_end = len(text), len(tokens)
@@ -96,13 +102,14 @@ class OutputProcessor:
             logprobs = None if logprobs is None else logprobs[shown.num_tokens :]
             shown.num_chars, shown.num_tokens = text_end, tokens_end
         return CompletionOutput(
-            index=sequence.index,
+            index=index,
             text=text,
             token_ids=tokens,
-            cumulative_logprob=None if params.logprobs is None else sequence.cumulative_logprob,
+            cumulative_logprob=sequence.cumulative_logprob if ranked or params.logprobs is not None else None,
             logprobs=None if logprobs is None else list(logprobs),
             finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
             stop_reason=sequence.stop_reason,
+            score=sequence.score,
         )
 
     # -------------------------------------------------------------------------------------------------- text
@@ -158,12 +165,23 @@ class OutputProcessor:
     # ----------------------------------------------------------------------------------------- log-probabilities
 
     def _take_logprobs(self, plan: StepPlan, received: set[Sequence], results: np.ndarray) -> None:
-        for sequence, row in zip(plan.sampling, plan.result_rows, strict=True):
-            wanted = sequence.group.params.logprobs
-            if wanted is not None and sequence in received:
-                at = self._logprobs_at(results[row], wanted, plan.variant.num_logprobs)
-                sequence.logprobs.append(at)
-                sequence.cumulative_logprob += at[int(results[row, 0])].logprob
+        for sequence, result in zip(plan.sampling, results, strict=False):  # results are padded
+            params = sequence.group.params
+            if sequence not in received or sequence.group.beams is not None:
+                continue
+            if params.logprobs is not None:
+                sequence.logprobs.append(self._logprobs_at(*_chosen(result), result, params.logprobs))
+            if params.logprobs is not None or params.ranks_samples:
+                sequence.cumulative_logprob += _chosen(result)[1]
+
+    def _take_beam_logprobs(self, sequence: Sequence) -> None:
+        """Log-probabilities of a beam search's result: its parents' results, with what the search chose from them."""
+        wanted = sequence.group.params.logprobs
+        for result, token, logprob in sequence.chosen:
+            best = result[3 : 3 + (len(result) - 3) // 2].tolist()
+            rank = best.index(token) + 1 if token in best else None
+            sequence.logprobs.append(self._logprobs_at(token, logprob, rank, result, wanted or 0))
+        sequence.chosen = []
 
     def _take_prompt_scores(self, plan: StepPlan, scores: np.ndarray) -> None:
         size = len(scores) // plan.bucket.prefill_tiles
@@ -178,18 +196,17 @@ class OutputProcessor:
             for j in range(length):
                 # After a preemption the first positions come again: only what is next is taken.
                 if start + j + 1 == len(known) and len(known) < len(prompt):
-                    row = np.concatenate([[prompt[len(known)]], scores[i * size + j]]).astype(np.int32)
-                    known.append(self._logprobs_at(row, wanted, plan.variant.num_logprobs))
+                    result = np.concatenate([[prompt[len(known)]], scores[i * size + j]]).astype(np.int32)
+                    known.append(self._logprobs_at(*_chosen(result), result, wanted))
 
-    def _logprobs_at(self, row: np.ndarray, wanted: int, width: int) -> LogprobsAt:
-        """A results row as a dict: the chosen token first, then the most likely ones."""
-        token, rank = int(row[0]), int(row[2])
-        floats = row.view(np.float32)
-        at = {token: Logprob(float(floats[1]), rank, self._decode(token))}
+    def _logprobs_at(self, token: int, logprob: float, rank: int | None, result: np.ndarray, wanted: int) -> LogprobsAt:
+        """A result's log-probabilities as a dict: the chosen token first, then the most likely ones."""
+        at = {token: Logprob(logprob, rank, self._decode(token))}
+        width = (len(result) - 3) // 2
+        best, logprobs = result[3 : 3 + width].tolist(), result[3 + width :].view(np.float32).tolist()
         for k in range(wanted):
-            other = int(row[3 + k])
-            if other != token:
-                at[other] = Logprob(float(floats[3 + width + k]), k + 1, self._decode(other))
+            if best[k] != token:
+                at[best[k]] = Logprob(logprobs[k], k + 1, self._decode(best[k]))
         return at
 
     def _decode(self, token: int) -> str | None:
@@ -198,3 +215,13 @@ class OutputProcessor:
             if self._tokenizer is None
             else self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
         )
+
+
+def _streams(params: SamplingParams) -> bool:
+    """Whether a request's output is of interest before its end; what is ranked at the end is not."""
+    return params.output_kind is not RequestOutputKind.FINAL_ONLY and not params.ranks_samples
+
+
+def _chosen(result: np.ndarray) -> tuple[int, float, int]:
+    """(token, log-probability, rank) of a result's chosen token."""
+    return int(result[0]), float(result[1:2].view(np.float32)[0]), int(result[2])

@@ -32,6 +32,8 @@ class CompletionOutput:
     """None while running; then one of stop, length, abort, error."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None for the end-of-sequence token and the rest."""
+    score: float | None = None
+    """Of a beam search: cumulative_logprob / length ** length_penalty, by which the outputs are ranked."""
 
     def finished(self) -> bool:
         return self.finish_reason is not None

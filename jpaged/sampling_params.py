@@ -5,6 +5,7 @@ import enum
 import math
 import numbers
 from collections.abc import Iterable
+from typing import Literal
 
 from jpaged.errors import InvalidRequestError, UnsupportedFeatureError
 
@@ -90,30 +91,42 @@ class SamplingParams:
     allowed_token_ids: list[int] | tuple[int, ...] | None = None
     """If given, no other token is ever generated."""
     best_of: int | None = None
-    """Not offered yet (needs sequence groups)."""
+    """Sequences that are generated, of which the n most likely (by cumulative log-probability) are returned; of a beam
+    search, the number of beams. None: n."""
     use_beam_search: bool = False
-    """Not offered yet (needs sequence groups)."""
+    """Search for the most likely outputs instead of sampling (paper, section 5.2); needs temperature 0."""
+    length_penalty: float = 1.0
+    """Of a beam search: hypotheses are ranked by log-probability / length ** length_penalty; [-10, 10]."""
+    early_stopping: bool | Literal["never"] = False
+    """Of a beam search, when as many hypotheses as beams have ended. True: stop. False: stop when no running beam is
+    likely to become better. "never": when none can."""
     structured_outputs: object | None = None
     """Not offered yet."""
 
     def __post_init__(self) -> None:
-        if self.use_beam_search:
-            raise UnsupportedFeatureError("use_beam_search is not offered yet; use n and temperature instead.")
-        if self.best_of not in (None, self.n):
-            raise UnsupportedFeatureError(
-                "best_of is not offered yet; ask for n samples and rank them by cumulative_logprob (logprobs=0)."
-            )
         if self.structured_outputs is not None:
             raise UnsupportedFeatureError("structured_outputs is not offered yet; see allowed_token_ids.")
         self._check_numbers()
         self._check_lists()
-        for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+        flags = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "use_beam_search")
+        for name in flags:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        self._check_group()
 
     @property
     def greedy(self) -> bool:
         return self.temperature == 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences that are generated: samples, or beams."""
+        return self.best_of or self.n
+
+    @property
+    def ranks_samples(self) -> bool:
+        """Whether more samples are drawn than returned."""
+        return self.num_sequences > self.n and not self.use_beam_search
 
     @property
     def needs_rules(self) -> bool:
@@ -132,6 +145,7 @@ class SamplingParams:
         self._real("temperature", 0.0, 2.0)
         self._real("top_p", 0.0, 1.0, above=True)
         self._real("min_p", 0.0, 1.0)
+        self._real("length_penalty", -10.0, 10.0)
         self._integer("top_k", -1, 1 << 30)
         self._integer("min_tokens", 0, MAX_TOKENS)
         for name, low, high in (
@@ -139,11 +153,27 @@ class SamplingParams:
             ("max_tokens", 1, MAX_TOKENS),
             ("logprobs", 0, MAX_LOGPROBS),
             ("prompt_logprobs", 0, MAX_LOGPROBS),
+            ("best_of", 1, MAX_N),
         ):
             if getattr(self, name) is not None:
                 self._integer(name, low, high)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(f"min_tokens={self.min_tokens} is above max_tokens={self.max_tokens}.")
+
+    def _check_group(self) -> None:
+        if self.num_sequences < self.n:
+            raise InvalidRequestError(f"best_of={self.best_of} is below n={self.n}: there is nothing to choose from.")
+        if self.ranks_samples and self.greedy:
+            raise InvalidRequestError("best_of above n draws samples, and at temperature 0 they would all be the same.")
+        if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
+            raise InvalidRequestError(f'early_stopping must be True, False or "never", not {self.early_stopping!r}.')
+        if not self.use_beam_search:
+            if self.early_stopping is not False or self.length_penalty != 1.0:
+                raise InvalidRequestError("early_stopping and length_penalty need use_beam_search=True.")
+        elif not self.greedy:
+            raise InvalidRequestError("use_beam_search does not draw: it needs temperature=0.")
+        elif self.stop:
+            raise UnsupportedFeatureError("stop strings are not offered with use_beam_search; see stop_token_ids.")
 
     def _check_lists(self) -> None:
         self._strings("stop", MAX_STOP_STRINGS)

@@ -1,16 +1,24 @@
 """Sequence and SequenceGroup: what a request is while the engine works on it.
 
-                add                    admit (a row, blocks)            stop, length, abort
-RequestOutput <------ WAITING ----------------------------> RUNNING ------------------------> FINISHED
-                         ^                                     |                                  ^
-                         +------------- preempt ---------------+          abort in any state -----+
+  add               admit (rows, blocks)               stop, length, abort
+------> WAITING --------------------------> RUNNING ------------------------> FINISHED
+           ^                                |    ^                                ^
+           +---- preempt by recompute ------+    |                                |
+                                            |    | swap in                        |
+                              SWAPPED <-----+    |                                |
+                                 |  preempt by swapping           abort in any state
+                                 +---------------+
 """
 
 import dataclasses
 import enum
+from typing import TYPE_CHECKING, Any
 
 from jpaged.outputs import LogprobsAt, RequestMetrics
 from jpaged.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from jpaged.scheduling.beam_search import BeamSearch
 
 NO_ROW = -1
 
@@ -18,7 +26,8 @@ NO_ROW = -1
 class Status(enum.Enum):
     WAITING = 0
     RUNNING = 1
-    FINISHED = 2
+    SWAPPED = 2
+    FINISHED = 3
 
 
 class FinishReason(enum.StrEnum):
@@ -47,6 +56,10 @@ class Sequence:
     stop_reason: int | str | None = None
     logprobs: list[LogprobsAt] = dataclasses.field(default_factory=list)
     cumulative_logprob: float = 0.0
+    score: float | None = None
+    """Of a beam search's result: its length-penalised log-probability."""
+    chosen: list[Any] = dataclasses.field(default_factory=list)
+    """Of a beam search's result: what its log-probabilities are made from."""
 
     @property
     def finished(self) -> bool:
@@ -79,6 +92,8 @@ class SequenceGroup:
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[LogprobsAt | None] | None = None
     num_cached_tokens: int = 0
+    beams: "BeamSearch | None" = None
+    """Of a request with beam search: sequence i is row i's beam, and `beams` knows which tokens that is."""
 
     @property
     def unfinished(self) -> list[Sequence]:

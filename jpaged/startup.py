@@ -24,7 +24,14 @@ from jpaged.models.rope import max_trained_length
 from jpaged.progress import Progress
 from jpaged.runtime import compile_cache
 from jpaged.runtime.host_memory import keep_freed_memory
-from jpaged.runtime.kv_pool import KVPoolSpec, available_host_memory, blocks_in_budget, cpu_budget, stable_blocks
+from jpaged.runtime.kv_pool import (
+    KVPoolSpec,
+    available_host_memory,
+    blocks_in_budget,
+    cpu_budget,
+    stable_blocks,
+    swap_blocks,
+)
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
 from jpaged.scheduling.plan import make_buckets
@@ -106,7 +113,12 @@ def build(config: EngineConfig) -> Components:
         enable_prefix_caching=config.enable_prefix_caching,
     )
     scheduler = Scheduler(
-        blocks, limits.buckets, tile_size=config.prefill_tile_size, max_num_batched_tokens=limits.max_num_batched_tokens
+        blocks,
+        limits.buckets,
+        tile_size=config.prefill_tile_size,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        swap_blocks=swap_blocks(config.swap_space, available_host_memory(), runner.spec),
+        preemption_mode=config.preemption_mode,
     )
     log.info(
         "KV cache: %d blocks of %d tokens, %.0f MiB; %d step shapes",

@@ -20,6 +20,7 @@ REALS = {  # field: (accepted, refused)
     "temperature": ([0, 1, 2, 0.7], [-0.001, 2.001]),
     "top_p": ([0.001, 1], [0, -0.1, 1.001]),
     "min_p": ([0, 0.5, 1], [-0.001, 1.001]),
+    "length_penalty": ([1], [-10.001, 10.001]),
 }
 INTEGERS = {
     "n": ([1, 64], [0, -1, 65]),
@@ -28,6 +29,7 @@ INTEGERS = {
     "min_tokens": ([0, 16], [-1, (1 << 24) + 1]),
     "logprobs": ([0, 20, None], [-1, 21]),
     "prompt_logprobs": ([0, 20, None], [-1, 21]),
+    "best_of": ([1, 64, None], [0, -1, 65]),
     "seed": ([0, -(1 << 63), (1 << 64) - 1, None], [-(1 << 63) - 1, 1 << 64]),
 }
 
@@ -170,7 +172,7 @@ def test_output_kind(kind):
     assert SamplingParams().output_kind is RequestOutputKind.CUMULATIVE
 
 
-@pytest.mark.parametrize("arguments", [{"use_beam_search": True}, {"best_of": 3}, {"structured_outputs": {"json": {}}}])
+@pytest.mark.parametrize("arguments", [{"structured_outputs": {"json": {}}}])
 def test_what_is_not_offered_yet_is_refused_and_says_what_to_do(arguments):
     with pytest.raises(UnsupportedFeatureError, match=next(iter(arguments))) as caught:
         SamplingParams(**arguments)
@@ -194,6 +196,37 @@ def test_what_the_parameters_need():
         assert SamplingParams(**penalties).needs_penalties
 
 
+BEAMS = {"use_beam_search": True, "temperature": 0}
+
+
+def test_groups():
+    assert SamplingParams(n=3).num_sequences == 3
+    drawn = SamplingParams(n=2, best_of=5)
+    assert (drawn.num_sequences, drawn.ranks_samples) == (5, True)
+    searched = SamplingParams(n=2, best_of=5, length_penalty=-10, early_stopping="never", **BEAMS)
+    assert (searched.num_sequences, searched.ranks_samples) == (5, False)
+    assert SamplingParams(early_stopping=True, **BEAMS).num_sequences == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"n": 3, "best_of": 2}, "nothing to choose from"),
+        ({"best_of": 2, "temperature": 0}, "all be the same"),
+        ({"use_beam_search": True}, "temperature=0"),
+        ({"use_beam_search": 1, "temperature": 0}, "use_beam_search must be"),
+        ({"early_stopping": True}, "need use_beam_search"),
+        ({"length_penalty": 2}, "need use_beam_search"),
+        (BEAMS | {"early_stopping": 1}, "early_stopping must be"),
+        (BEAMS | {"early_stopping": "always"}, "early_stopping must be"),
+        (BEAMS | {"stop": "x"}, "see stop_token_ids"),
+    ],
+)
+def test_contradictions_in_groups_are_refused(arguments, message):
+    with pytest.raises(JpagedError, match=message):
+        SamplingParams(**arguments)
+
+
 def test_every_number_and_list_has_an_upper_bound():
     """A new field must be added to a table here, or to the lists that the tests above bound."""
     others = {
@@ -207,7 +240,7 @@ def test_every_number_and_list_has_an_upper_bound():
         "output_kind",
         "logit_bias",
         "allowed_token_ids",
-        "best_of",
+        "early_stopping",
         "use_beam_search",
         "structured_outputs",
     }

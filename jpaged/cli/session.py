@@ -102,9 +102,9 @@ def compile_decode_steps(engine: "LLMEngine", params: "SamplingParams") -> None:
 
     As requests finish, the batch shrinks from one size to the next: otherwise the answers would halt at each.
     """
-    from jpaged.scheduling.plan import variant_of
+    from jpaged.scheduling.plan import sampling_variant
 
     for bucket in engine.scheduler.buckets:
         if not bucket.prefill_tiles:
             engine.runner.compile_forward(bucket)
-            engine.runner.compile_sample(bucket, variant_of(params))
+            engine.runner.compile_sample(bucket, sampling_variant(params))

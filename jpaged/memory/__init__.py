@@ -1,7 +1,8 @@
-"""Who owns which block: reference counts, block tables, the prefix cache. Plain Python and NumPy, no JAX."""
+"""Who owns which block: references, block tables, the prefix cache, swap space. Plain Python and NumPy, no JAX."""
 
 from jpaged.memory.allocator import BlockAllocator
-from jpaged.memory.block_manager import BlockManager
+from jpaged.memory.block_manager import BlockManager, Table
 from jpaged.memory.prefix_cache import PrefixCache
+from jpaged.memory.swap_space import Swapped, SwapSpace
 
-__all__ = ["BlockAllocator", "BlockManager", "PrefixCache"]
+__all__ = ["BlockAllocator", "BlockManager", "PrefixCache", "SwapSpace", "Swapped", "Table"]

@@ -4,7 +4,7 @@ Every block is in exactly one of three states (DESIGN, contract 6):
 
     free        in `_free`; its content is worthless
     cached      in `_cached`; nobody refers to it, its content may be found again (prefix cache), LRU order
-    referenced  `_refs[block] >= 1`: one reference per block-table entry
+    referenced  `refs[block] >= 1`: one reference per block-table entry
 
          allocate            acquire (again)
     free ---------> referenced <---------- cached
@@ -16,9 +16,13 @@ Block 0 is the null block: padding rows write there, and it is never handed out.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
 
 NULL_BLOCK = 0
+
+Blocks = Sequence[int] | np.ndarray
 
 
 class BlockAllocator:
@@ -33,7 +37,8 @@ class BlockAllocator:
         if num_blocks < 2:
             raise ValueError(f"a pool needs the null block and one more, not {num_blocks} blocks")
         self.num_blocks = num_blocks
-        self._refs = [0] * num_blocks
+        self.refs = np.zeros(num_blocks, np.int32)
+        """References of each block; read by anyone, written here alone."""
         self._free = list(range(num_blocks - 1, NULL_BLOCK, -1))  # a stack: low ids are handed out first
         self._cached: OrderedDict[int, None] = OrderedDict()  # first = least recently used
         self._kept: set[int] = set()  # blocks whose content is registered, referenced or not
@@ -53,8 +58,9 @@ class BlockAllocator:
     def num_cached(self) -> int:
         return len(self._cached)
 
-    def references(self, block: int) -> int:
-        return self._refs[block]
+    def is_writable(self, block: int) -> bool:
+        """Whether its one holder may write to it: nobody else refers to it, and nobody will find it by its content."""
+        return self.refs[block] == 1 and block not in self._kept
 
     def allocate(self, count: int) -> list[int]:
         """Hands out `count` blocks with one reference each; evicts the least recently used if it must.
@@ -69,30 +75,38 @@ class BlockAllocator:
                 block, _ = self._cached.popitem(last=False)
                 self._kept.discard(block)
                 self._on_evict(block)
-            self._refs[block] = 1
             blocks.append(block)
+        self.refs[blocks] = 1
         return blocks
 
-    def acquire(self, block: int) -> None:
-        """Adds a reference; a cached block comes back to life."""
-        if self._refs[block] == 0:
+    def acquire(self, blocks: Blocks) -> None:
+        """Adds a reference to each of some distinct blocks; cached ones come back to life."""
+        blocks = np.asarray(blocks, np.int32)
+        for block in blocks[self.refs[blocks] == 0].tolist():
             del self._cached[block]
-        self._refs[block] += 1
+        self.refs[blocks] += 1
 
-    def release(self, blocks: Iterable[int]) -> None:
-        """Drops one reference of each block. Earlier ones are evicted earlier: pass a table's tail first."""
-        for block in blocks:
-            count = self._refs[block] - 1
-            self._refs[block] = count
-            if count == 0:
-                if block in self._kept:
-                    self._cached[block] = None
-                else:
-                    self._free.append(block)
+    def release(self, blocks: Blocks) -> None:
+        """Drops one reference of each of some distinct blocks.
+
+        Earlier ones are evicted earlier: pass a table's tail first.
+        """
+        blocks = np.asarray(blocks, np.int32)
+        self.refs[blocks] -= 1
+        for block in blocks[self.refs[blocks] == 0].tolist():
+            if block in self._kept:
+                self._cached[block] = None
+            else:
+                self._free.append(block)
 
     def keep(self, block: int) -> None:
         """Marks a referenced block's content as worth keeping once nobody refers to it."""
         self._kept.add(block)
+
+    def forget(self, block: int) -> None:
+        """Drops the kept content of a referenced block: whoever holds it is about to overwrite it."""
+        self._kept.remove(block)
+        self._on_evict(block)
 
     def forget_all(self) -> None:
         """Drops every kept content: cached blocks become free ones."""
@@ -106,14 +120,12 @@ class BlockAllocator:
         Args:
           entries: every entry of every live block table, repeats included.
         """
-        counts = [0] * self.num_blocks
-        for block in entries:
-            counts[block] += 1
+        counts = np.bincount(np.fromiter(entries, np.int64), minlength=self.num_blocks)
         free, cached = set(self._free), set(self._cached)
-        referenced = {b for b in range(self.num_blocks) if self._refs[b]}
+        referenced = set(np.flatnonzero(self.refs).tolist())
         problems = []
-        if counts != self._refs:
-            wrong = [b for b in range(self.num_blocks) if counts[b] != self._refs[b]]
+        if not np.array_equal(counts, self.refs):
+            wrong = np.flatnonzero(counts != self.refs).tolist()
             problems.append(f"references differ from table entries at blocks {wrong[:8]}")
         if len(free) != len(self._free):
             problems.append("a block is free twice")

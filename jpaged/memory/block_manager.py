@@ -1,14 +1,15 @@
-"""BlockManager: the block table of every row, grown on demand (paper, section 4.2).
+"""BlockManager: the block table of every row, grown on demand, shared and copied on write (paper, sections 4.2 to 4.4).
 
     tables[row]   logical block -> physical block      [ 7 | 3 | 12 | 0 | 0 ... ]   0 = null block: no entry
     counts[row]   entries in use                         3
 
-A row is a running sequence's place in the batch. Its table lives here while the sequence runs; sequences
-that wait hold no blocks.
+A row is a running sequence's place in the batch. Its table lives here while the sequence runs. A table may also be
+parked: it keeps its blocks and has no row (`Table`).
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,8 +25,29 @@ class PrefixCacheStats:
     hits: int = 0
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class Table:
+    """A block table without a row: one reference an entry, as in any table."""
+
+    blocks: np.ndarray  # int32 [n]
+    num_computed: int
+    """Tokens whose K and V the blocks hold."""
+    root: bytes
+    digests: list[bytes]
+
+
+class Writes(NamedTuple):
+    """Where the next tokens of some rows go, and what has to be allocated for that."""
+
+    rows: np.ndarray  # int32 [d]
+    indices: np.ndarray  # int32 [d]: logical block
+    fresh: np.ndarray  # bool [d]: that block is not there yet
+    shared: np.ndarray  # bool [d]: it is there, and others hold it too
+    num_blocks: int
+
+
 class BlockManager:
-    """Allocates, shares and frees the blocks of the rows.
+    """Allocates, shares, copies and frees the blocks of the rows.
 
     Args:
       num_blocks: blocks in the pool, the null block included.
@@ -53,9 +75,14 @@ class BlockManager:
         self.tables = np.full((max_rows, max_blocks_per_row), NULL_BLOCK, np.int32)
         self.counts = np.zeros(max_rows, np.int32)
         self.stats = PrefixCacheStats()
+        self.num_copies = 0
+        """Blocks copied on write, ever."""
+        self.version = 0
+        """Changes whenever rows may have begun, or ceased, to share blocks."""
         # The chain of each row: digests[row][i] names its blocks 0..i; it may lag behind the table.
-        self._digests: list[list[bytes]] = [[] for _ in range(max_rows)]
-        self._roots: list[bytes] = [b""] * max_rows
+        self.digests: list[list[bytes]] = [[] for _ in range(max_rows)]
+        self.roots: list[bytes] = [b""] * max_rows
+        self._parked: dict[Table, None] = {}
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
@@ -66,51 +93,134 @@ class BlockManager:
 
     @property
     def num_used(self) -> int:
-        """Blocks that some row refers to."""
+        """Blocks that some table refers to."""
         return self.allocator.num_usable - self.allocator.num_free
 
+    # ------------------------------------------------------------------------------------------ open and close
+
     def try_open(
-        self, row: int, tokens: Sequence[int], *, salt: str = "", use_cache: bool = True, reserve: int = 0
-    ) -> int | None:
-        """Gives a row the blocks of all its known tokens, shared with the cache where they are known.
+        self,
+        rows: Sequence[int],
+        tokens: Sequence[Sequence[int]],
+        *,
+        salt: str = "",
+        use_cache: bool = True,
+        reserve: int = 0,
+    ) -> list[int] | None:
+        """Gives rows the blocks of all their known tokens, shared where they begin like cached ones or each other.
 
         Args:
-          row: a row without blocks.
-          tokens: the sequence's tokens so far.
+          rows: rows without blocks.
+          tokens: of each row, the sequence's tokens so far.
           salt: sequences share blocks only under equal salts.
-          use_cache: False computes everything anew (prompt log-probabilities need every position).
+          use_cache: False looks nothing up (prompt log-probabilities need every position computed).
           reserve: blocks that must stay free afterwards.
 
-        Returns: tokens whose K and V are there already, or None (and nothing changed) if blocks are short.
+        Returns: of each row, the tokens whose K and V are there, or will be once the rows before it are computed; or
+        None (and nothing changed) if blocks are short.
         """
         root = root_digest(salt)
-        hits: list[int] = []
-        digests: list[bytes] = []
-        if self.cache is not None and use_cache:
-            hits, digests = self.cache.match(tokens, root)
+        look_up = self.cache is not None and use_cache
+        found = [self.cache.match(t, root) if look_up else ([], []) for t in tokens]  # type: ignore[union-attr]
+        siblings = _longest_common_beginnings(tokens, self.block_size)
+        for i, (_, common) in enumerate(siblings):
+            if common > len(found[i][0]):
+                found[i] = [], []
         allocator = self.allocator
-        new = self.blocks_for(len(tokens)) - len(hits)
-        revived = sum(allocator.references(block) == 0 for block in hits)  # hits are taken from the free ones
+        hits = np.array(sorted({block for blocks, _ in found for block in blocks}), np.int32)
+        shares = [max(common, len(blocks)) for (_, common), (blocks, _) in zip(siblings, found, strict=True)]
+        new = sum(self.blocks_for(len(t)) - share for t, share in zip(tokens, shares, strict=True))
+        revived = int((allocator.refs[hits] == 0).sum())  # hits that nobody holds are among the free ones
         if new + revived + reserve > allocator.num_free:
             return None
-        for block in hits:
-            allocator.acquire(block)
-        blocks = hits + allocator.allocate(new)
+        allocator.acquire(hits)  # before anything is allocated, which could evict them
+        for i, row in enumerate(rows):
+            blocks, digests = found[i]
+            if not blocks and shares[i]:
+                sibling = rows[siblings[i][0]]
+                blocks, digests = self.tables[sibling, : shares[i]].tolist(), self.digests[sibling][: shares[i]]
+            allocator.acquire(blocks)
+            self.lay(row, [*blocks, *allocator.allocate(self.blocks_for(len(tokens[i])) - len(blocks))], root, digests)
+        allocator.release(hits)
+        if look_up:
+            self.stats.queries += sum(map(len, tokens))
+            self.stats.hits += sum(len(blocks) for blocks, _ in found) * self.block_size
+        return [share * self.block_size for share in shares]
+
+    def fork(self, source: int, row: int) -> None:
+        """Lets a row without blocks share all of another's; whoever writes to one gets a copy (section 4.4)."""
+        blocks = self.tables[source, : self.counts[source]]
+        self.allocator.acquire(blocks)
+        self.lay(row, blocks, self.roots[source], self.digests[source].copy())
+
+    def close(self, row: int) -> None:
+        """Releases a row's blocks, tail first, so that shared beginnings are evicted last."""
+        count = self.counts[row]
+        self.allocator.release(self.tables[row, :count][::-1])
+        self._clear(row)
+
+    def lay(self, row: int, blocks: Sequence[int] | np.ndarray, root: bytes, digests: list[bytes]) -> None:
         self.tables[row, : len(blocks)] = blocks
         self.counts[row] = len(blocks)
-        self._roots[row] = root
-        self._digests[row] = digests
-        if self.cache is not None and use_cache:
-            self.stats.queries += len(tokens)
-            self.stats.hits += len(hits) * self.block_size
-        return len(hits) * self.block_size
+        self.roots[row], self.digests[row] = root, digests
+        self.version += 1
 
-    def grow(self, rows: np.ndarray) -> np.ndarray:
-        """Appends one block to each of `rows` (int array); returns the blocks. The caller checked num_free."""
-        blocks = np.array(self.allocator.allocate(len(rows)), np.int32)
-        self.tables[rows, self.counts[rows]] = blocks
-        self.counts[rows] += 1
-        return blocks
+    def _clear(self, row: int) -> None:
+        self.tables[row] = NULL_BLOCK
+        self.counts[row] = 0
+        self.digests[row] = []
+        self.version += 1
+
+    # -------------------------------------------------------------------------------------------------- writes
+
+    def writes(self, rows: np.ndarray, positions: np.ndarray) -> Writes:
+        """What it takes to write one token of each row (int32 [d]) at its position (int32 [d])."""
+        indices = positions // self.block_size
+        fresh = indices == self.counts[rows]
+        blocks = self.tables[rows, indices]
+        refs = self.allocator.refs
+        shared = refs[blocks] > 1
+        copies = 0
+        if shared.any():
+            # Of r sharers that all write, the last one writes in place.
+            distinct, writers = np.unique(blocks[shared], return_counts=True)
+            copies = int(np.minimum(writers, refs[distinct] - 1).sum())
+        return Writes(rows, indices, fresh, shared, int(fresh.sum()) + copies)
+
+    def make_writable(self, writes: Writes) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        """Appends the fresh blocks, and gives every sharer but the last a copy of its own. The caller checked num_free.
+
+        Returns: (block that is new in each row's table, or 0, int32 [d]; (source, destination) blocks to be copied
+        before anything is written).
+        """
+        new = np.zeros(len(writes.rows), np.int32)
+        copies: list[tuple[int, int]] = []
+        fresh = np.flatnonzero(writes.fresh)
+        if len(fresh):
+            new[fresh] = self.allocator.allocate(len(fresh))
+            rows = writes.rows[fresh]
+            self.tables[rows, writes.indices[fresh]] = new[fresh]
+            self.counts[rows] += 1
+        for i in np.flatnonzero(writes.shared).tolist():
+            copy = self._own(int(writes.rows[i]), int(writes.indices[i]))
+            if copy is not None:
+                new[i] = copy[1]
+                copies.append(copy)
+        return new, copies
+
+    def _own(self, row: int, index: int) -> tuple[int, int] | None:
+        """Makes a block of a row its own; returns (source, destination) if that took a copy."""
+        shared = int(self.tables[row, index])
+        if self.allocator.refs[shared] == 1:
+            return None
+        [block] = self.allocator.allocate(1)
+        self.allocator.release([shared])
+        self.tables[row, index] = block
+        self.num_copies += 1
+        self.version += 1
+        return shared, block
+
+    # ------------------------------------------------------------------------------------------- prefix caching
 
     def seal(self, row: int, tokens: Sequence[int], num_computed: int) -> None:
         """Enters the row's full blocks into the prefix cache.
@@ -122,22 +232,14 @@ class BlockManager:
         """
         if self.cache is None:
             return
-        digests, size = self._digests[row], self.block_size
+        digests, size = self.digests[row], self.block_size
         for index in range(len(digests), num_computed // size):
-            parent = digests[-1] if digests else self._roots[row]
+            parent = digests[-1] if digests else self.roots[row]
             block = int(self.tables[row, index])
             digest, entered = self.cache.insert(parent, tokens[index * size : (index + 1) * size], block)
             if entered:
                 self.allocator.keep(block)
             digests.append(digest)
-
-    def close(self, row: int) -> None:
-        """Releases a row's blocks, tail first, so that shared beginnings are evicted last."""
-        count = int(self.counts[row])
-        self.allocator.release(self.tables[row, :count][::-1].tolist())
-        self.tables[row, :count] = NULL_BLOCK
-        self.counts[row] = 0
-        self._digests[row] = []
 
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content; blocks in use stay in use."""
@@ -145,12 +247,70 @@ class BlockManager:
             self.cache.clear()
             self.allocator.forget_all()
 
+    # ------------------------------------------------------------------------------------------- parked tables
+
+    def park(self, row: int, num_computed: int) -> Table:
+        """Takes a row's table off the row, with the blocks of its first `num_computed` tokens."""
+        count, kept = int(self.counts[row]), self.blocks_for(num_computed)
+        self.allocator.release(self.tables[row, kept:count][::-1])
+        table = Table(self.tables[row, :kept].copy(), num_computed, self.roots[row], self.digests[row])
+        self._clear(row)
+        self._parked[table] = None
+        return table
+
+    def fork_parked(self, table: Table) -> Table:
+        """Another table over the same blocks."""
+        self.allocator.acquire(table.blocks)
+        copy = dataclasses.replace(table, blocks=table.blocks.copy(), digests=table.digests.copy())
+        self._parked[copy] = None
+        return copy
+
+    def truncate_parked(self, table: Table, num_computed: int) -> None:
+        """Keeps the first `num_computed` tokens' K and V of a parked table."""
+        kept = self.blocks_for(num_computed)
+        self.allocator.release(table.blocks[kept:][::-1])
+        table.blocks, table.num_computed = table.blocks[:kept], min(table.num_computed, num_computed)
+        del table.digests[num_computed // self.block_size :]
+
+    def release_parked(self, table: Table) -> None:
+        """Gives a parked table's blocks back; nothing is left of it but the cache's memory of full blocks."""
+        if table in self._parked:
+            self.truncate_parked(table, 0)
+            del self._parked[table]
+
+    def reclaim(self, wanted: int) -> None:
+        """Releases parked tables, the longest parked first, until `wanted` blocks are free or none is left."""
+        for table in list(self._parked):
+            if self.num_free >= wanted:
+                break
+            self.release_parked(table)
+
     def check_invariants(self) -> None:
         """Raises RuntimeError if blocks and tables do not add up (DESIGN, contract 6)."""
         entries = [b for row, n in enumerate(self.counts.tolist()) for b in self.tables[row, :n].tolist()]
+        entries += [b for table in self._parked for b in table.blocks.tolist()]
         if NULL_BLOCK in entries:
             raise RuntimeError("a table entry in use points to the null block")
         for row, count in enumerate(self.counts.tolist()):
             if self.tables[row, count:].any():
                 raise RuntimeError(f"row {row} has table entries beyond its count")
         self.allocator.check_invariants(entries)
+
+
+def _longest_common_beginnings(lists: Sequence[Sequence[int]], block_size: int) -> list[tuple[int, int]]:
+    """Of each list: (an earlier list that begins alike, full blocks that they have in common); (0, 0) for none.
+
+    A list's last token never counts as common: it must be computed for its logits.
+    """
+    arrays = [np.asarray(tokens, np.int32) for tokens in lists] if len(lists) > 1 else [np.empty(0)]
+    best = [(0, 0)]
+    for j in range(1, len(arrays)):
+        mine, chosen = arrays[j][:-1], (0, 0)
+        for i in range(j):
+            size = min(len(mine), len(arrays[i]))
+            differs = mine[:size] != arrays[i][:size]
+            common = (int(differs.argmax()) if differs.any() else size) // block_size
+            if common > chosen[1]:
+                chosen = i, common
+        best.append(chosen)
+    return best

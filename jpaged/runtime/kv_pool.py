@@ -93,6 +93,11 @@ def cpu_budget(available: int) -> int:
     return min(max(1 << (available // 8).bit_length() - 1, 256 << 20), 1 << 30) if available >= 8 else 256 << 20
 
 
+def swap_blocks(gibibytes: float, available: int, spec: KVPoolSpec) -> int:
+    """Blocks that swap space holds: as asked for, but at most half of the host's free memory and a pool's worth."""
+    return min(int(min(gibibytes * (1 << 30), available / 2)) // spec.block_bytes, spec.num_blocks)
+
+
 def stable_blocks(num_blocks: int) -> int:
     """Rounded down to six significant bits (at most 3 % less), for the same reason: free GPU memory varies a little."""
     step = 1 << max(num_blocks.bit_length() - 6, 0)

@@ -1,7 +1,7 @@
 """Runner: owns the device's memory and launches the steps.
 
-    launch(plan)       admissions, then forward and sample; nothing is waited for
-    StepResult.read    waits for that step and gives its small result array
+    launch(plan)       swaps, edits, admissions, then forward and sample; nothing is waited for
+    StepResult.read    waits for that step and gives its small result arrays
 
 Steps run on the device in the order of their launches, and each takes the pool and the batch state that the one
 before it returned (donated: updated in place).
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,13 +20,27 @@ import numpy as np
 
 from jpaged.models.config import ModelConfig
 from jpaged.runtime import state as batch
+from jpaged.runtime.beam_selection import pack_searches, packed_size, unpack_candidates
 from jpaged.runtime.kv_pool import KVPoolSpec
 from jpaged.runtime.sampler import sample
 from jpaged.runtime.step import Forward, make_forward, make_prompt_scores
+from jpaged.runtime.swapping import Swapper
+from jpaged.scheduling.beams import Candidates
 from jpaged.scheduling.plan import Bucket, StepPlan, Variant
 from jpaged.sequence import Sequence
 
 Params = dict[str, Any]
+
+EDITS = 32
+"""Edits of rows are padded to a multiple of this."""
+
+
+class Results(NamedTuple):
+    """What a step brings to the host."""
+
+    tokens: np.ndarray  # int32 [N, columns]: the plan's results, as `sampler.sample` returns them
+    candidates: Candidates | None
+    prompt_scores: np.ndarray | None  # int32 [P * C, columns]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,12 +49,16 @@ class StepResult:
 
     plan: StepPlan
     results: jax.Array
+    candidates: jax.Array | None
     prompt_scores: jax.Array | None
 
-    def read(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """(int32 [N, columns], int32 [P * C, columns] or None); waits for the step."""
-        scores = None if self.prompt_scores is None else np.asarray(self.prompt_scores)
-        return np.asarray(self.results), scores
+    def read(self) -> Results:
+        """Waits for the step."""
+        return Results(
+            np.asarray(self.results),
+            None if self.candidates is None else unpack_candidates(np.asarray(self.candidates)),
+            None if self.prompt_scores is None else np.asarray(self.prompt_scores),
+        )
 
 
 class Runner:
@@ -84,11 +102,13 @@ class Runner:
         self.state = jax.eval_shape(self._make_state)
         self._admit = jax.jit(batch.admit, donate_argnums=0)
         self._set_rules = jax.jit(batch.set_rules, donate_argnums=0)
+        self._edit = jax.jit(batch.edit, donate_argnums=0)
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the pool and the batch state."""
         self.spec = dataclasses.replace(self.spec, num_blocks=num_blocks)
         self.pool = self.spec.allocate()
+        self.swapper = Swapper(self.spec.block_bytes, next(iter(self.pool[0].devices())))
         self.state = self._make_state()
 
     # ----------------------------------------------------------------------------------------------- compile
@@ -128,7 +148,7 @@ class Runner:
             logits,
             one,
             one,
-            jax.ShapeDtypeStruct((n,), jnp.bool),
+            jax.ShapeDtypeStruct((packed_size(n, variant.num_beam_candidates),), jnp.int32),
         )
 
     def _compile(self, key: tuple, function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
@@ -147,18 +167,33 @@ class Runner:
             rules = batch.rules_of(sequence, self._vocab_size, bad_words)
             self.state = self._set_rules(self.state, np.int32(sequence.row), rules)
 
+    def prepare(self, plan: StepPlan) -> None:
+        """Swaps blocks out and in, and edits rows, as a plan wants it before its sequences are admitted."""
+        for swapped in plan.swaps_out:
+            swapped.contents = self.swapper.swap_out(self.pool, swapped.blocks)
+        for swapped, indices, blocks in plan.swaps_in:
+            self.pool = self.swapper.swap_in(self.pool, swapped.contents, indices, blocks)
+        if plan.edits:
+            size = EDITS * -(-max(len(plan.edits.forks), len(plan.edits.tokens)) // EDITS)
+            self.state = self._edit(self.state, batch.pack_edits(plan.edits, size, self._null_row))
+
     def launch(self, plan: StepPlan) -> StepResult:
-        """Puts a step on the device's queue; the sequences that it admits have been uploaded."""
+        """Puts a step on the device's queue, in the order: swaps, rows, copies, writes, attention.
+
+        The plan's `admitted` sequences are uploaded by `admit`, after `prepare` and before this.
+        """
         run_forward = self.compile_forward(plan.bucket)
         run_sample = self.compile_sample(plan.bucket, plan.variant)
         state = self.state
         self.pool, tables, forward = run_forward(
             self._leaves, self.pool, state.tables, state.tokens, plan.pack(self._null_row)
         )
-        tokens, results = run_sample(state.tokens, state.parameters, state.rules, *forward[:4])
+        tokens, results, candidates = run_sample(
+            state.tokens, state.parameters, state.rules, *forward[:3], pack_searches(plan)
+        )
         self.state = state._replace(tables=tables, tokens=tokens)
         results.copy_to_host_async()
-        return StepResult(plan, results, self._score_prompts(plan.variant, forward))
+        return StepResult(plan, results, candidates if plan.beams else None, self._score_prompts(plan.variant, forward))
 
     def _score_prompts(self, variant: Variant, forward: Forward) -> jax.Array | None:
         if not variant.prompt_logprobs:

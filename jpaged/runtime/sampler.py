@@ -12,6 +12,7 @@ Tokens that tie with the threshold are kept.
 import jax
 import jax.numpy as jnp
 
+from jpaged.runtime import beam_selection
 from jpaged.runtime.state import FLOATS, INTEGERS, MAX_BAD_WORD_TOKENS, NO_TOKEN, Rules
 from jpaged.scheduling.plan import Variant
 
@@ -25,17 +26,19 @@ def sample(
     logits: jax.Array,  # float32 [N, V]
     rows: jax.Array,  # int32 [N]
     positions: jax.Array,  # int32 [N]
-    samples: jax.Array,  # bool [N]
+    searches: jax.Array,  # int32, see `beam_selection.pack_searches`; [0] if nobody searches
     *,
     variant: Variant,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Chooses the tokens at `positions` of `rows` and writes them into the batch's tokens.
+
+    Beams get a token too; what really follows them is for the host to say, and overwritten by the next step's edits.
 
     Args:
       variant: which parts are compiled in; a part that is left out must be neutral for all rows.
 
-    Returns: (tokens with the new ones written where `samples`, results int32 [N, 1 + ...]: the token, then the
-    columns of `logprobs`).
+    Returns: (tokens with the new ones written, results int32 [N, 1 + ...]: the token, then the columns of
+    `logprobs`, candidates of the beam groups or None).
     """
     raw, mine = logits, parameters[rows]
     floats = jax.lax.bitcast_convert_type(mine[:, : len(FLOATS)], jnp.float32)
@@ -53,9 +56,10 @@ def sample(
         if variant.truncate:
             scaled = truncate(scaled, p["top_k"], p["top_p"], p["min_p"])
         chosen = jnp.where(greedy, chosen, draw(scaled, keys))
-    null_row = tokens.shape[0] - 1
-    tokens = tokens.at[jnp.where(samples, rows, null_row), positions].set(chosen, mode="drop")
-    return tokens, jnp.concatenate([chosen[:, None], logprobs(raw, chosen, variant.num_logprobs)], axis=1)
+    tokens = tokens.at[rows, positions].set(chosen, mode="drop")
+    results = jnp.concatenate([chosen[:, None], logprobs(raw, chosen, variant.num_logprobs)], axis=1)
+    count = variant.num_beam_candidates
+    return tokens, results, beam_selection.select(logits, searches, count) if count else None
 
 
 def _argmax(x: jax.Array) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jpaged.sampling_params import MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKEN_IDS
+from jpaged.scheduling.plan import Edits
 from jpaged.sequence import Sequence
 
 NO_TOKEN = -1
@@ -95,6 +96,24 @@ def admit(state: BatchState, packed: jax.Array) -> BatchState:
         parameters=state.parameters.at[row].set(packed[1:head]),
         tokens=state.tokens.at[row].set(packed[head : head + max_model_len]),
         tables=state.tables.at[row].set(packed[head + max_model_len :]),
+    )
+
+
+def pack_edits(edits: Edits, size: int, null_row: int) -> np.ndarray:
+    """The host's changes to rows as int32 [5, size]: fork sources | fork rows | rows | positions | tokens."""
+    packed = np.full((5, size), null_row, np.int32)
+    packed[:2, : len(edits.forks)] = np.array(edits.forks, np.int32).reshape(-1, 2).T
+    packed[3:] = 0
+    packed[2:, : len(edits.tokens)] = np.array(edits.tokens, np.int32).reshape(-1, 3).T
+    return packed
+
+
+def edit(state: BatchState, packed: jax.Array) -> BatchState:
+    """Forks rows, then writes tokens; `pack_edits` made the changes. Padding changes the null row alone."""
+    sources, forks, rows, positions, values = packed
+    tokens = state.tokens.at[forks].set(state.tokens[sources])
+    return state._replace(
+        tokens=tokens.at[rows, positions].set(values), tables=state.tables.at[forks].set(state.tables[sources])
     )
 
 

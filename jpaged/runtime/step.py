@@ -18,16 +18,16 @@ import jax.numpy as jnp
 
 from jpaged.models.layout import PagedLayout
 from jpaged.runtime.sampler import logprobs
-from jpaged.scheduling.plan import Bucket
+from jpaged.scheduling.plan import Bucket, split_packed
+from pallas_kernels.block_copy import copy_blocks
 
 
 class Forward(NamedTuple):
-    """What the forward pass hands to the sampler. N = bucket.num_results: the decode lane, then the tiles."""
+    """What the forward pass hands to the sampler: the plan's results, N = bucket.num_results."""
 
-    logits: jax.Array  # float32 [N, V]: after the last token of each row and of each tile
-    rows: jax.Array  # int32 [N]: rows of the batch
+    logits: jax.Array  # float32 [N, V]
+    rows: jax.Array  # int32 [N]: rows of the batch; the null row for padding
     positions: jax.Array  # int32 [N]: position of the token that these logits are for
-    samples: jax.Array  # bool [N]: whether that token is wanted (not in the middle of a prompt, not padding)
     tile_hidden: jax.Array  # [P * C, E]: for prompt log-probabilities
     tile_targets: jax.Array  # int32 [P * C]: the token after each of the tiles' tokens
 
@@ -41,12 +41,10 @@ class _Plan(NamedTuple):
     tile_rows: jax.Array  # int32 [P]
     tile_starts: jax.Array  # int32 [P]
     tile_lengths: jax.Array  # int32 [P]
-    tile_samples: jax.Array  # int32 [P]
-
-
-def _unpack(packed: jax.Array, bucket: Bucket) -> _Plan:
-    split = 3 * bucket.decode_rows
-    return _Plan(*packed[:split].reshape(3, -1), *packed[split:].reshape(4, -1))
+    result_rows: jax.Array  # int32 [N]
+    result_tokens: jax.Array  # int32 [N]
+    copy_sources: jax.Array  # int32 [N]
+    copy_destinations: jax.Array  # int32 [N]
 
 
 def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Bucket) -> Callable:
@@ -55,12 +53,14 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
     Arguments: params (the Linen tree), pool, tables (int32 [rows, W]), tokens (int32 [rows, L]), packed (int32
     [bucket.packed_size]). Returns (pool, tables, Forward).
     """
-    num_decodes, num_tiles = bucket
+    num_decodes = bucket.decode_rows
 
     def forward(params, pool, tables: jax.Array, tokens: jax.Array, packed: jax.Array):
-        plan = _unpack(packed, bucket)
+        decode_lane, prefill_lane, results = split_packed(packed, bucket)
+        plan = _Plan(*decode_lane, *prefill_lane, *results)
         null_row = tokens.shape[0] - 1
-        tables = _append_blocks(tables, plan, block_size)
+        pool = copy_blocks(pool, plan.copy_sources, plan.copy_destinations, packed[-1])
+        tables = _enter_blocks(tables, plan, block_size)
         offsets = jnp.arange(tile_size)
         real = offsets < plan.tile_lengths[:, None]  # [P, C]
         tile_positions = plan.tile_starts[:, None] + jnp.where(real, offsets, 0)  # padding stays in range
@@ -79,18 +79,14 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
         )
         variables = {"params": params}
         hidden, pool = model.apply(variables, tokens[rows, positions], positions, pool, layout)
-        tile_hidden = hidden[num_decodes:]
-        last = jnp.maximum(plan.tile_lengths - 1, 0)
-        final = jnp.concatenate([hidden[:num_decodes], tile_hidden[jnp.arange(num_tiles) * tile_size + last]])
         return (
             pool,
             tables,
             Forward(
-                logits=_logits(model, params, final),
-                rows=jnp.concatenate([plan.rows, plan.tile_rows]),
-                positions=jnp.concatenate([plan.positions, plan.tile_starts + last]) + 1,
-                samples=jnp.concatenate([plan.rows != null_row, plan.tile_samples == 1]),
-                tile_hidden=tile_hidden,
+                logits=_logits(model, params, hidden[plan.result_tokens]),
+                rows=plan.result_rows,
+                positions=positions[plan.result_tokens] + 1,
+                tile_hidden=hidden[num_decodes:],
                 tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1],
             ),
         )
@@ -102,8 +98,8 @@ def _logits(model: nn.Module, params, hidden: jax.Array) -> jax.Array:
     return model.apply({"params": params}, hidden, method="logits")  # type: ignore[return-value]  # no mutable state
 
 
-def _append_blocks(tables: jax.Array, plan: _Plan, block_size: int) -> jax.Array:
-    """Writes the decode lane's new blocks into the block tables."""
+def _enter_blocks(tables: jax.Array, plan: _Plan, block_size: int) -> jax.Array:
+    """Writes the decode lane's new blocks into the block tables: appended ones, and copies of shared ones."""
     index = plan.positions // block_size
     kept = tables[plan.rows, index]
     return tables.at[plan.rows, index].set(jnp.where(plan.new_blocks > 0, plan.new_blocks, kept))

@@ -4,9 +4,16 @@
     prefill lane   tiles of `tile_size` tokens, a tile belongs to one row; a long chunk is several tiles
                                                                 [row5 0:32][row5 32:64][row9 0:17 ....]
 
-A step's tokens are the decode lane's followed by the tiles'. Packed into one int32 array for the device:
+A step's tokens are the decode lane's followed by the tiles'. Its results are the tokens that it samples, each from
+the logits after one of its tokens: a group's samples all draw their first token after the last one of their prompt.
 
-    rows[D] | positions[D] | new_blocks[D] | tile rows[P] | tile starts[P] | tile lengths[P] | tile samples[P]
+Packed into one int32 array for the device (N = D + P):
+
+    rows[D] | positions[D] | new_blocks[D] || tile rows[P] | tile starts[P] | tile lengths[P] ||
+    result rows[N] | result tokens[N] | copy sources[N] | copy destinations[N] || number of copies
+
+Everything that a step does besides computing stands in the plan too, in the order in which it is done
+(DESIGN, contract 5): blocks swapped out, swapped in, rows edited and admitted, blocks copied on write.
 """
 
 import dataclasses
@@ -14,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jpaged.memory import Swapped
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
-from jpaged.sequence import Sequence
+from jpaged.sequence import Sequence, SequenceGroup
 
 LOGPROB_WIDTHS = (0, 5, MAX_LOGPROBS)
 """Numbers of log-probabilities that are compiled for; a request's number is rounded up."""
@@ -29,7 +37,7 @@ class Bucket(NamedTuple):
 
     @property
     def packed_size(self) -> int:
-        return 3 * self.decode_rows + 4 * self.prefill_tiles
+        return 3 * self.decode_rows + 3 * self.prefill_tiles + 4 * self.num_results + 1
 
     @property
     def num_results(self) -> int:
@@ -49,19 +57,29 @@ class Variant(NamedTuple):
     num_logprobs: int = -1
     """-1: none; 0: only the chosen token's; k: and the k most likely."""
     prompt_logprobs: bool = False
+    num_beam_candidates: int = 0
+    """Continuations that a beam search is offered; 0: nobody searches."""
 
     def union(self, other: "Variant") -> "Variant":
         return Variant._make(max(a, b) for a, b in zip(self, other, strict=True))
 
 
-def variant_of(params: SamplingParams) -> Variant:
-    """What one request asks of the sampler (its prompt log-probabilities aside: those are a matter of tiles)."""
+def variant_of(group: SequenceGroup) -> Variant:
+    """What one request asks of the sampler."""
+    if group.beams is None:
+        return sampling_variant(group.params)
+    candidates = 1 << (group.beams.num_candidates - 1).bit_length()
+    return sampling_variant(group.params)._replace(num_beam_candidates=candidates)
+
+
+def sampling_variant(params: SamplingParams) -> Variant:
+    """What parameters ask of the sampler, prompt log-probabilities (a matter of tiles) and beams aside."""
     return Variant(
         sample=not params.greedy,
         truncate=not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
         penalties=params.needs_penalties,
         rules=params.needs_rules,
-        num_logprobs=logprob_width(params.logprobs),
+        num_logprobs=logprob_width(0 if params.ranks_samples and params.logprobs is None else params.logprobs),
     )
 
 
@@ -81,31 +99,52 @@ class Tile(NamedTuple):
     """Whether the sequence is caught up after this tile, so that its next token is sampled."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+class SwapIn(NamedTuple):
+    """Blocks that come back from host memory."""
+
+    swapped: Swapped
+    indices: np.ndarray  # int32 [n]: which of `swapped.blocks`
+    blocks: np.ndarray  # int32 [n]: where they go in the pool
+
+
+@dataclasses.dataclass(slots=True)
+class Edits:
+    """Changes to rows that are on the device already: what the host has decided about beams."""
+
+    forks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """(source, row): the row's tokens and block table become the source's."""
+    tokens: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
+    """(row, position, token), after the forks."""
+
+    def __bool__(self) -> bool:
+        return bool(self.forks or self.tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class StepPlan:
     """One step. The sequences are carried along so that `Scheduler.commit` knows whose tokens came back."""
 
     bucket: Bucket
     variant: Variant
+    swaps_out: list[Swapped]
+    swaps_in: list[SwapIn]
+    edits: Edits
     admitted: list[Sequence]
     """Sequences whose row was given to them in this step; their state must reach the device before it."""
+    copies: list[tuple[int, int]]
+    """Blocks copied on write: (source, destination)."""
     sequences: list[Sequence]
     """Of the decode lane, in order."""
     rows: np.ndarray  # int32 [d]
     positions: np.ndarray  # int32 [d]: of the token that is computed
-    new_blocks: np.ndarray  # int32 [d]: block appended to the row's table for that token; 0 = none
+    new_blocks: np.ndarray  # int32 [d]: block that is new in the row's table at that token; 0 = none
     tiles: list[Tile]
-
-    @property
-    def sampling(self) -> list[Sequence]:
-        """The sequences that get a token from this step, in the order of `result_rows`."""
-        return self.sequences + [t.sequence for t in self.tiles if t.samples]
-
-    @property
-    def result_rows(self) -> list[int]:
-        """Where their results stand among the step's `bucket.num_results`."""
-        first = self.bucket.decode_rows
-        return [*range(len(self.rows)), *(first + i for i, t in enumerate(self.tiles) if t.samples)]
+    sampling: list[Sequence]
+    """The sequences that get a token from this step; result i is that of sampling[i]."""
+    result_rows: np.ndarray  # int32 [n]
+    result_tokens: np.ndarray  # int32 [n]: after which of the step's tokens each is sampled
+    beams: list[tuple[SequenceGroup, list[int]]]
+    """Groups whose beams take a step, and which results are their beams', by rank."""
 
     @property
     def num_tokens(self) -> int:
@@ -114,28 +153,40 @@ class StepPlan:
 
     def pack(self, null_row: int) -> np.ndarray:
         """The integers of the plan, int32 [bucket.packed_size]; padding points to `null_row`."""
-        size, tiles = self.bucket
         packed = np.zeros(self.bucket.packed_size, np.int32)
-        lanes = packed[: 3 * size].reshape(3, size)
+        decode, prefill, results = split_packed(packed, self.bucket)
         count = len(self.rows)
-        lanes[0, :count] = self.rows
-        lanes[0, count:] = null_row
-        lanes[1, :count] = self.positions
-        lanes[2, :count] = self.new_blocks
-        if tiles:
-            prefill = packed[3 * size :].reshape(4, tiles)
+        decode[0, :count] = self.rows
+        decode[0, count:] = null_row
+        decode[1, :count] = self.positions
+        decode[2, :count] = self.new_blocks
+        if self.bucket.prefill_tiles:
             prefill[0, :] = null_row
-            for i, (_, row, start, length, samples) in enumerate(self.tiles):
-                prefill[:, i] = row, start, length, samples
+            for i, (_, row, start, length, _) in enumerate(self.tiles):
+                prefill[:, i] = row, start, length
+        count = len(self.result_rows)
+        results[0, :count] = self.result_rows
+        results[0, count:] = null_row
+        results[1, :count] = self.result_tokens
+        if self.copies:
+            results[2:, : len(self.copies)] = np.array(self.copies, np.int32).T
+            packed[-1] = len(self.copies)
         return packed
 
 
-def smallest_bucket(buckets: tuple[Bucket, ...], decode_rows: int, tiles: int) -> Bucket:
-    """The cheapest bucket that holds so many rows and tiles; `buckets` is sorted by cost."""
+def split_packed(packed, bucket: Bucket):
+    """(decode lane [3, D], prefill lane [3, P], results and copies [4, N]) of a packed plan, NumPy's or JAX's."""
+    first = 3 * bucket.decode_rows
+    second = first + 3 * bucket.prefill_tiles
+    return packed[:first].reshape(3, -1), packed[first:second].reshape(3, -1), packed[second:-1].reshape(4, -1)
+
+
+def smallest_bucket(buckets: tuple[Bucket, ...], decode_rows: int, tiles: int, results: int) -> Bucket:
+    """The cheapest bucket that holds so many rows, tiles and results; `buckets` is sorted by cost."""
     for bucket in buckets:
-        if bucket.decode_rows >= decode_rows and bucket.prefill_tiles >= tiles:
+        if bucket.decode_rows >= decode_rows and bucket.prefill_tiles >= tiles and bucket.num_results >= results:
             return bucket
-    raise ValueError(f"no bucket holds {decode_rows} rows and {tiles} tiles")
+    raise ValueError(f"no bucket holds {decode_rows} rows, {tiles} tiles and {results} results")
 
 
 def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int) -> tuple[Bucket, ...]:

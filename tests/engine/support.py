@@ -12,6 +12,7 @@ from jpaged.config import EngineConfig
 from jpaged.engine import LLMEngine
 from jpaged.memory import BlockManager
 from jpaged.scheduling import Scheduler
+from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.startup import Components, build
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -20,7 +21,7 @@ EngineFactory = Callable[..., LLMEngine]
 
 
 def engine_factory(config: EngineConfig) -> EngineFactory:
-    """Builds once; then makes engines with: num_blocks, max_num_batched_tokens, enable_prefix_caching, policy."""
+    """Builds once; then makes engines with: num_blocks, max_num_batched_tokens, enable_prefix_caching, policies."""
     parts = build(config)
 
     def make(
@@ -29,6 +30,8 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
         enable_prefix_caching: bool = True,
         scheduling_policy: str = "fcfs",
         seed: int = 0,
+        swap_blocks: int = 0,
+        preemption_mode: PreemptionMode = "auto",
     ) -> LLMEngine:
         rows, width = parts.blocks.tables.shape
         total = parts.blocks.allocator.num_blocks
@@ -41,6 +44,8 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
             parts.scheduler.buckets,
             tile_size=config.prefill_tile_size,
             max_num_batched_tokens=max_num_batched_tokens or parts.scheduler.max_num_batched_tokens,
+            swap_blocks=swap_blocks,
+            preemption_mode=preemption_mode,
         )
         mine: Components = dataclasses.replace(parts, blocks=blocks, scheduler=scheduler)
         settings = dataclasses.replace(config, scheduling_policy=scheduling_policy, seed=seed)

@@ -10,19 +10,19 @@ def test_hands_out_every_block_but_the_null_block_once():
     assert (allocator.num_usable, allocator.num_free) == (5, 5)
     assert allocator.allocate(2) == [1, 2]  # low ids first
     assert allocator.allocate(3) == [3, 4, 5]
-    assert (allocator.num_free, allocator.references(NULL_BLOCK)) == (0, 0)
+    assert (allocator.num_free, allocator.refs[NULL_BLOCK]) == (0, 0)
     allocator.check_invariants([1, 2, 3, 4, 5])
 
 
 def test_a_block_is_free_when_its_last_reference_is_released():
     allocator = BlockAllocator(3)
     [block] = allocator.allocate(1)
-    allocator.acquire(block)
+    allocator.acquire([block])
     allocator.check_invariants([block, block])
     allocator.release([block])
-    assert (allocator.references(block), allocator.num_free) == (1, 1)
+    assert (allocator.refs[block], allocator.num_free) == (1, 1)
     allocator.release([block])
-    assert (allocator.references(block), allocator.num_free, allocator.num_cached) == (0, 2, 0)
+    assert (allocator.refs[block], allocator.num_free, allocator.num_cached) == (0, 2, 0)
     allocator.check_invariants()
 
 
@@ -32,8 +32,8 @@ def test_kept_blocks_are_cached_after_release_and_come_back_to_life():
     allocator.keep(kept)
     allocator.release([kept, other])
     assert (allocator.num_free, allocator.num_cached) == (3, 1)
-    allocator.acquire(kept)
-    assert (allocator.num_free, allocator.num_cached, allocator.references(kept)) == (2, 0, 1)
+    allocator.acquire([kept])
+    assert (allocator.num_free, allocator.num_cached, allocator.refs[kept]) == (2, 0, 1)
     allocator.check_invariants([kept])
 
 
@@ -44,7 +44,7 @@ def test_free_blocks_go_first_then_the_least_recently_used_cached_ones():
     for block in blocks:
         allocator.keep(block)
     allocator.release([blocks[2], blocks[0], blocks[1], blocks[3]])
-    allocator.acquire(blocks[2])
+    allocator.acquire([blocks[2]])
     allocator.release([blocks[2]])  # used again: now the most recent
     assert allocator.allocate(1) == [5]
     assert evicted == []
@@ -62,7 +62,7 @@ def test_forget_all_turns_cached_blocks_into_free_ones_and_leaves_referenced_one
         allocator.keep(block)
     allocator.release([first])
     allocator.forget_all()
-    assert (allocator.num_cached, allocator.num_free, allocator.references(second)) == (0, 2, 1)
+    assert (allocator.num_cached, allocator.num_free, allocator.refs[second]) == (0, 2, 1)
     allocator.release([second])
     assert allocator.num_cached == 0
     allocator.check_invariants()
@@ -96,7 +96,7 @@ def _cache_without_content(allocator):
 
 
 def _lose_a_reference(allocator):
-    allocator._refs[1] -= 1
+    allocator.refs[1] -= 1
 
 
 @pytest.mark.parametrize(

@@ -13,20 +13,35 @@ def manager(num_blocks=9, block_size=4, rows=4, width=8, **options) -> BlockMana
     return BlockManager(num_blocks, block_size, rows, width, **options)
 
 
+def opened(blocks, row, tokens, **options):
+    cached = blocks.try_open([row], [tokens], **options)
+    return None if cached is None else cached[0]
+
+
+def grown(blocks, rows):
+    """Gives full rows a block for their next token."""
+    rows = np.array(rows, np.int32)
+    writes = blocks.writes(rows, blocks.counts[rows] * blocks.block_size)
+    assert writes.num_blocks == len(rows)
+    new, copies = blocks.make_writable(writes)
+    assert not copies
+    return new.tolist()
+
+
 def computed(blocks, row, tokens, **options):
     """Opens a row, as if a step had computed all of its tokens at once."""
-    cached = blocks.try_open(row, tokens, **options)
+    cached = opened(blocks, row, tokens, **options)
     blocks.seal(row, tokens, len(tokens))
     return cached
 
 
 def test_a_row_gets_blocks_for_all_its_tokens_and_grows_by_one():
     blocks = manager()
-    assert blocks.try_open(2, range(5)) == 0
+    assert opened(blocks, 2, range(5)) == 0
     assert blocks.tables[2].tolist() == [1, 2, 0, 0, 0, 0, 0, 0]
     assert (blocks.num_used, blocks.num_free) == (2, 6)
-    blocks.try_open(0, range(100, 104))
-    assert blocks.grow(np.array([2, 0])).tolist() == [4, 5]
+    opened(blocks, 0, range(100, 104))
+    assert grown(blocks, [2, 0]) == [4, 5]
     assert blocks.tables[2, :4].tolist() == [1, 2, 4, 0]
     assert blocks.tables[0, :4].tolist() == [3, 5, 0, 0]
     blocks.check_invariants()
@@ -40,11 +55,11 @@ def test_opening_is_all_or_nothing():
     blocks = manager(num_blocks=5)
     computed(blocks, 0, list(range(8)))
     before = blocks.tables.copy()
-    assert blocks.try_open(1, [*range(8), *range(100, 109)]) is None, "one more block than there is"
-    assert blocks.try_open(1, [*range(8), 100], reserve=2) is None, "there is one, but two would have to stay free"
+    assert opened(blocks, 1, [*range(8), *range(100, 109)]) is None, "one more block than there is"
+    assert opened(blocks, 1, [*range(8), 100], reserve=2) is None, "there is one, but two would have to stay free"
     np.testing.assert_array_equal(blocks.tables, before)
     assert (blocks.num_free, blocks.stats.queries) == (2, 8)
-    assert blocks.try_open(1, [*range(8), 100], reserve=1) == 8
+    assert opened(blocks, 1, [*range(8), 100], reserve=1) == 8
     blocks.check_invariants()
 
 
@@ -54,8 +69,8 @@ def test_a_hit_that_nobody_holds_is_taken_from_the_free_ones():
     computed(blocks, 0, prompt)
     blocks.close(0)
     assert (blocks.num_free, blocks.allocator.num_cached) == (3, 2)
-    assert blocks.try_open(0, prompt, reserve=1) is None, "two revived and one new leave none"
-    assert blocks.try_open(0, prompt) == 8
+    assert opened(blocks, 0, prompt, reserve=1) is None, "two revived and one new leave none"
+    assert opened(blocks, 0, prompt) == 8
     assert blocks.num_free == 0
     blocks.check_invariants()
 
@@ -69,11 +84,11 @@ def test_running_and_finished_rows_are_shared_with():
     blocks = manager()
     prompt = list(range(10))
     computed(blocks, 0, prompt)
-    assert blocks.try_open(1, prompt) == 8
+    assert opened(blocks, 1, prompt) == 8
     assert blocks.tables[1, :2].tolist() == blocks.tables[0, :2].tolist()
     assert blocks.tables[1, 2] != blocks.tables[0, 2], "the partial block is each row's own"
     blocks.close(0)
-    assert blocks.try_open(2, prompt[:9]) == 8
+    assert opened(blocks, 2, prompt[:9]) == 8
     assert (blocks.stats.queries, blocks.stats.hits) == (29, 16)
     blocks.check_invariants()
 
@@ -81,14 +96,14 @@ def test_running_and_finished_rows_are_shared_with():
 def test_only_computed_blocks_are_found():
     blocks = manager()
     prompt = list(range(12))
-    blocks.try_open(0, prompt)
-    assert blocks.try_open(1, prompt) == 0
+    opened(blocks, 0, prompt)
+    assert opened(blocks, 1, prompt) == 0
     blocks.close(1)
     blocks.seal(0, prompt, 7)
-    assert blocks.try_open(1, prompt) == 4
+    assert opened(blocks, 1, prompt) == 4
     blocks.close(1)
     blocks.seal(0, prompt, 8)
-    assert blocks.try_open(1, prompt) == 8
+    assert opened(blocks, 1, prompt) == 8
 
 
 @pytest.mark.parametrize("options", [{"salt": "other"}, {"use_cache": False}])
@@ -96,7 +111,7 @@ def test_other_salts_and_rows_that_must_compute_find_nothing(options):
     blocks = manager()
     prompt = list(range(10))
     computed(blocks, 0, prompt)
-    assert blocks.try_open(1, prompt, **options) == 0
+    assert opened(blocks, 1, prompt, **options) == 0
     assert not set(blocks.tables[1, :3]) & set(blocks.tables[0, :3])
 
 
@@ -105,7 +120,7 @@ def test_a_row_that_may_not_look_up_still_fills_the_cache():
     prompt = list(range(10))
     computed(blocks, 0, prompt, use_cache=False)
     assert blocks.stats.queries == 0
-    assert blocks.try_open(1, prompt) == 8
+    assert opened(blocks, 1, prompt) == 8
 
 
 def test_without_prefix_caching_nothing_is_kept():
@@ -121,10 +136,10 @@ def test_tails_are_evicted_before_beginnings():
     prompt = list(range(16))
     computed(blocks, 0, prompt)
     blocks.close(0)
-    blocks.try_open(1, range(100, 108))  # takes two of the four
-    assert blocks.try_open(0, prompt[:9]) is None, "8 cached tokens, but no block for the ninth"
+    opened(blocks, 1, range(100, 108))  # takes two of the four
+    assert opened(blocks, 0, prompt[:9]) is None, "8 cached tokens, but no block for the ninth"
     blocks.close(1)
-    assert blocks.try_open(0, prompt) == 8, "the last two went, not the first two"
+    assert opened(blocks, 0, prompt) == 8, "the last two went, not the first two"
 
 
 def test_a_block_that_was_given_to_another_row_is_not_found_again():
@@ -132,9 +147,9 @@ def test_a_block_that_was_given_to_another_row_is_not_found_again():
     prompt = list(range(12))
     computed(blocks, 0, prompt)
     blocks.close(0)
-    blocks.try_open(1, range(100, 112))
+    opened(blocks, 1, range(100, 112))
     blocks.close(1)
-    assert blocks.try_open(0, prompt) == 0
+    assert opened(blocks, 0, prompt) == 0
 
 
 def test_reset_forgets_the_past_and_leaves_running_rows_alone():
@@ -144,7 +159,7 @@ def test_reset_forgets_the_past_and_leaves_running_rows_alone():
     table = blocks.tables[0].copy()
     blocks.reset_prefix_cache()
     np.testing.assert_array_equal(blocks.tables[0], table)
-    assert blocks.try_open(1, prompt) == 0
+    assert opened(blocks, 1, prompt) == 0
     blocks.check_invariants()
     blocks.close(0)
     assert blocks.allocator.num_cached == 0
@@ -152,7 +167,7 @@ def test_reset_forgets_the_past_and_leaves_running_rows_alone():
 
 def test_check_invariants_looks_at_the_tables_too():
     blocks = manager()
-    blocks.try_open(0, range(5))
+    opened(blocks, 0, range(5))
     blocks.tables[0, 2] = 3
     with pytest.raises(RuntimeError, match="beyond its count"):
         blocks.check_invariants()
@@ -208,7 +223,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         tokens = tokens[: self.WIDTH * self.size]
         row = min(set(range(self.ROWS)) - set(self.open))
         free, tables = self.blocks.num_free, self.blocks.tables.copy()
-        cached = self.blocks.try_open(row, tokens, salt=salt, use_cache=use_cache, reserve=reserve)
+        cached = opened(self.blocks, row, tokens, salt=salt, use_cache=use_cache, reserve=reserve)
         if cached is None:
             assert free < self.blocks.blocks_for(len(tokens)) + reserve
             assert self.blocks.num_free == free
@@ -245,9 +260,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         full = [r for r in rows if len(self.open[r][1]) == self.blocks.counts[r] * self.size]
         if len(full) > self.blocks.num_free:
             return
-        grown = self.blocks.grow(np.array(full, int))
-        assert [self.blocks.tables[r, self.blocks.counts[r] - 1] for r in full] == grown.tolist()
-        self.erase(grown.tolist())
+        new = grown(self.blocks, full)
+        assert [self.blocks.tables[r, self.blocks.counts[r] - 1] for r in full] == new
+        self.erase(new)
         for row in rows:
             self.open[row][1].append(token)
 

@@ -47,23 +47,21 @@ def batch(*members, vocab=VOCAB) -> state.BatchState:
 _sample = jax.jit(sampler.sample, static_argnames="variant")
 
 
-def sample(made, logits, rows, positions, variant=EVERYTHING, samples=None):
+def sample(made, logits, rows, positions, variant=EVERYTHING):
     """(chosen tokens, all result columns, the batch's tokens afterwards). Padded as a plan is, to few shapes."""
     count = len(rows)
     size = ROWS if count <= ROWS else count
     padded = np.zeros((size, VOCAB), np.float32)
     padded[:count] = logits
-    wanted = np.zeros(size, bool)
-    wanted[:count] = True if samples is None else samples
     fill = [0] * (size - count)
-    tokens, results = _sample(
+    tokens, results, _ = _sample(
         made.tokens,
         made.parameters,
         made.rules,
         padded,
         np.array([*rows, *(ROWS for _ in fill)], np.int32),
         np.array([*positions, *fill], np.int32),
-        wanted,
+        np.zeros(0, np.int32),
         variant=variant,
     )
     return np.asarray(results[:count, 0]), np.asarray(results[:count]), np.asarray(tokens)
@@ -456,8 +454,8 @@ def test_greedy_takes_the_first_of_equals():
 def test_tokens_are_written_where_they_are_wanted():
     members = [row([1, 2]), row([3]), row([4] * LENGTH)]
     made = batch(*members)
-    logits = distinct_logits(13, (4, VOCAB))
-    chosen, _, tokens = sample(made, logits, [1, 0, ROWS, 2], [1, 2, 9, LENGTH], Variant(), [True, False, False, True])
+    logits = distinct_logits(13, (3, VOCAB))
+    chosen, _, tokens = sample(made, logits, [1, ROWS, 2], [1, 9, LENGTH], Variant())
     assert tokens[1].tolist() == [3, chosen[0]] + [0] * (LENGTH - 2)
     np.testing.assert_array_equal(tokens[[0, 2]], np.asarray(made.tokens)[[0, 2]], "unwanted, or past the end: dropped")
 

@@ -10,6 +10,7 @@ function of the prefix, the request's seed and the sequence's index, as the real
 """
 
 import collections
+import dataclasses
 import itertools
 
 import numpy as np
@@ -18,7 +19,10 @@ from jpaged.memory import BlockManager
 from jpaged.outputs import RequestMetrics
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Scheduler, StepPlan
-from jpaged.scheduling.plan import make_buckets
+from jpaged.scheduling.beam_search import path
+from jpaged.scheduling.beams import Candidates, new_search
+from jpaged.scheduling.plan import make_buckets, split_packed
+from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
 
 VOCAB = 4
@@ -39,6 +43,15 @@ class Prefixes:
 
 def next_token(prefix: int, seed: int, index: int) -> int:
     return hash((prefix, seed, index)) % VOCAB
+
+
+def best_continuations(prefixes: np.ndarray, scores: np.ndarray, count: int) -> tuple[np.ndarray, ...]:
+    """The `count` best of all continuations of some beams: (scores float32, parents, tokens), best first."""
+    gains = [[-(1 + hash((int(p), token)) % 1009) / 500 for token in range(VOCAB)] for p in prefixes]
+    totals = (scores[:, None] + np.array(gains, np.float32)).reshape(-1)
+    best = np.argsort(-totals, kind="stable")[:count]
+    best = np.pad(best, (0, count - len(best)), mode="edge")
+    return totals[best], best // VOCAB, best % VOCAB
 
 
 class Device:
@@ -63,6 +76,19 @@ class Device:
         self.pool = np.full(num_blocks * block_size, Prefixes.EMPTY)
         self._chains: list[list[int]] = [[] for _ in range(rows + 1)]  # of each row: the prefixes of its tokens
 
+    def prepare(self, plan: StepPlan) -> None:
+        """What comes before a plan's admissions: blocks leave and come back, rows are edited."""
+        blocks = self.pool.reshape(-1, self.block_size)
+        for swapped in plan.swaps_out:
+            swapped.contents = blocks[swapped.blocks].copy()
+        for swapped, indices, targets in plan.swaps_in:
+            blocks[targets] = swapped.contents[indices]
+        for source, row in plan.edits.forks:
+            self.tokens[row], self.tables[row] = self.tokens[source], self.tables[source]
+            self._chains[row] = []
+        for row, position, token in plan.edits.tokens:
+            self.tokens[row, position] = token
+
     def admit(self, sequence: Sequence, table: np.ndarray) -> None:
         row = sequence.row
         self.tokens[row] = 0
@@ -71,37 +97,77 @@ class Device:
         self.keys[row] = sequence.group.seed, sequence.index
         self._chains[row] = []
 
-    def run(self, plan: StepPlan) -> np.ndarray:
-        """Runs the packed plan; returns a token for each of the bucket's results."""
-        decode_rows, num_tiles = plan.bucket
+    def run(self, plan: StepPlan) -> tuple[np.ndarray, Candidates | None]:
+        """Runs the packed plan; returns a token for each of the bucket's results, and the beams' candidates."""
         packed = plan.pack(self.null_row)
-        rows, positions, new_blocks = packed[: 3 * decode_rows].reshape(3, -1).tolist()
+        decode, prefill, results = split_packed(packed, plan.bucket)
+        self._copy(results[2:, : packed[-1]].T.tolist())
+        rows, positions, new_blocks = decode.tolist()
         for row, position, block in zip(rows, positions, new_blocks, strict=True):
             if block:
                 self.tables[row, position // self.block_size] = block
         if not self.looks:
-            return (np.arange(plan.bucket.num_results) + len(plan.tiles)) % VOCAB
-        work = [(row, at, at + 1, True) for row, at in zip(rows, positions, strict=True)]
-        for row, start, length, samples in packed[3 * decode_rows :].reshape(4, num_tiles).T.tolist():
+            results = (np.arange(plan.bucket.num_results) + len(plan.tiles)) % VOCAB
+            return results, self._candidates(plan, np.zeros(len(results), np.int64))
+        work = [(row, at, at + 1) for row, at in zip(rows, positions, strict=True) if row != self.null_row]
+        for row, start, length in prefill.T.tolist():
             assert length <= self.tile_size
-            work.append((row, start, start + length, bool(samples)))
-        real = [piece for piece in work if piece[0] != self.null_row]
-        self._write(real)
-        results = np.full(len(work), -1)
-        for i, (row, start, end, samples) in enumerate(work):
-            if row == self.null_row:
-                continue
+            if row != self.null_row:
+                work.append((row, start, start + length))
+        self._write(work)
+        for row, start, end in work:
             self._check(row, start, end)
-            if samples:
-                results[i] = next_token(self._chains[row][end - 1], *self.keys[row])
-                if end < self.tokens.shape[1]:
-                    self.tokens[row, end] = results[i]
+        after = np.full(plan.bucket.num_results, -1)
+        for i, (row, token) in enumerate(results[:2].T.tolist()):
+            if row != self.null_row:
+                source, position = self._of_token(token, decode, prefill)
+                after[i] = self._chains[source][position]
+        return self._sample(results[0], after, plan), self._candidates(plan, after)
+
+    def _copy(self, copies: list[list[int]]) -> None:
+        blocks = self.pool.reshape(-1, self.block_size)
+        sources, destinations = [s for s, _ in copies], [d for _, d in copies]
+        assert len(set(destinations)) == len(copies)
+        assert not set(sources) & set(destinations)
+        blocks[destinations] = blocks[sources]
+
+    def _of_token(self, token: int, decode: np.ndarray, prefill: np.ndarray) -> tuple[int, int]:
+        """(row, position) of one of the step's tokens."""
+        if token < decode.shape[1]:
+            return int(decode[0, token]), int(decode[1, token])
+        tile, offset = divmod(token - decode.shape[1], self.tile_size)
+        row, start, length = prefill[:, tile].tolist()
+        assert offset == length - 1
+        return row, start + offset
+
+    def _sample(self, rows: np.ndarray, after: np.ndarray, plan: StepPlan) -> np.ndarray:
+        results = np.full(len(rows), -1)
+        for i, sequence in enumerate(plan.sampling):
+            assert rows[i] == sequence.row
+            results[i] = next_token(after[i], *self.keys[sequence.row])
+            position = self._position_after(plan, i)
+            if sequence.group.beams is None and position < self.tokens.shape[1]:
+                self.tokens[sequence.row, position] = results[i]
         return results
 
-    def _write(self, work: list[tuple[int, int, int, bool]]) -> None:
+    @staticmethod
+    def _position_after(plan: StepPlan, result: int) -> int:
+        """Where a result's token goes."""
+        if result < len(plan.rows):
+            return int(plan.positions[result]) + 1
+        return len(plan.sampling[result].tokens)
+
+    def _candidates(self, plan: StepPlan, after: np.ndarray) -> Candidates | None:
+        if not plan.beams:
+            return None
+        width = max(group.beams.num_candidates for group, _ in plan.beams)
+        offered = [best_continuations(after[members], group.beams.scores, width) for group, members in plan.beams]
+        return Candidates(*(np.stack(x) for x in zip(*offered, strict=True)))
+
+    def _write(self, work: list[tuple[int, int, int]]) -> None:
         """Layer by layer, a step writes all its K and V before it attends."""
         written: set[int] = set()
-        for row, start, end, _ in work:
+        for row, start, end in work:
             chain = self._chains[row]
             while len(chain) < end:
                 chain.append(
@@ -144,6 +210,8 @@ class NullEngine:
         caching: bool = True,
         max_tiles: int | None = None,
         checked: bool = True,
+        swap_blocks: int = 0,
+        preemption_mode: PreemptionMode = "auto",
     ) -> None:
         self.blocks = BlockManager(
             num_blocks + 1,
@@ -158,6 +226,8 @@ class NullEngine:
             make_buckets(rows, max_tiles or budget // tile_size, tile_size),
             tile_size=tile_size,
             max_num_batched_tokens=budget,
+            swap_blocks=swap_blocks,
+            preemption_mode=preemption_mode,
         )
         self.max_len, self.budget, self.checked = max_len, budget, checked
         self.prefixes = Prefixes()
@@ -175,7 +245,7 @@ class NullEngine:
         self.first_scheduled: list[SequenceGroup] = []
         self._deadlines: dict[SequenceGroup, int] = {}
         self._arrivals = itertools.count()
-        self._in_flight: collections.deque[tuple[StepPlan, np.ndarray]] = collections.deque()
+        self._in_flight: collections.deque[tuple[StepPlan, np.ndarray, Candidates | None]] = collections.deque()
 
     @property
     def unfinished(self) -> list[SequenceGroup]:
@@ -195,10 +265,16 @@ class NullEngine:
         salt: str = "",
         stop: bool = False,
         prompt_logprobs: int | None = None,
+        beams: bool = False,
     ) -> SequenceGroup:
         arrival = next(self._arrivals)
         params = SamplingParams(
-            n=n, max_tokens=max_tokens, prompt_logprobs=prompt_logprobs, stop_token_ids=[STOP_TOKEN] if stop else []
+            n=n,
+            max_tokens=max_tokens,
+            prompt_logprobs=prompt_logprobs,
+            stop_token_ids=[STOP_TOKEN] if stop else [],
+            use_beam_search=beams,
+            temperature=0.0 if beams else 1.0,
         )
         group = SequenceGroup(
             f"request-{arrival}",
@@ -216,6 +292,8 @@ class NullEngine:
             )
             for i in range(n)
         ]
+        if beams:
+            group.beams = new_search(group)
         self.scheduler.add(group)
         self.groups.append(group)
         # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their
@@ -232,28 +310,34 @@ class NullEngine:
         return sum(2 * (s.max_length + 3) for s in group.unfinished)
 
     def abort(self, group: SequenceGroup) -> None:
-        for sequence in group.unfinished:
-            self.scheduler.finish(sequence, FinishReason.ABORT)
+        self.scheduler.abort(group)
 
     def step(self) -> list[Sequence]:
         """As LLMEngine._step. Returns the sequences that received a token."""
         self.num_steps += 1
-        running = list(self.scheduler.running)
+        received: list[Sequence] = []
+        if self._in_flight and self.scheduler.needs_results:
+            received += self._commit()
+        before = {group: group.status for group in self.unfinished}
         plan = self.scheduler.schedule()
         if plan is not None:
             if self.checked:
-                self._check_plan(plan, running)
+                self._check_plan(plan, before)
+            self.device.prepare(plan)
             for sequence in plan.admitted:
                 self.device.admit(sequence, self.blocks.tables[sequence.row])
-            self._in_flight.append((plan, self.device.run(plan)))
+            self._in_flight.append((plan, *self.device.run(plan)))
         if self.checked:
             self.check()
-        received: list[Sequence] = []
         if len(self._in_flight) > 1 or (self._in_flight and plan is None):
-            plan, results = self._in_flight.popleft()
-            received = self.scheduler.commit(plan, results[plan.result_rows].tolist())
-            if self.checked:
-                self.check()
+            received += self._commit()
+        return received
+
+    def _commit(self) -> list[Sequence]:
+        plan, results, candidates = self._in_flight.popleft()
+        received = self.scheduler.commit(plan, results[:, None], candidates)
+        if self.checked:
+            self.check()
         return received
 
     def drain(self) -> None:
@@ -265,15 +349,17 @@ class NullEngine:
         assert not self.scheduler.has_work
         assert self.blocks.num_used == 0
         assert not self.blocks.tables.any()
-        assert len(self.scheduler._free_rows) == len(self.scheduler.by_row)
-        assert not self.scheduler._variants
+        assert self.scheduler.batch.num_free == len(self.scheduler.batch.by_row)
+        assert not self.scheduler.roster.variants
         assert not self.scheduler._catching_up
+        assert not self.scheduler._followers
+        assert self.scheduler.swap_space.num_used == 0
 
     # ------------------------------------------------------------------------------------------------ promises
 
     def check(self) -> None:
         self.blocks.check_invariants()
-        assert all(self.scheduler.by_row[s.row] is s for s in self.scheduler._catching_up)
+        assert all(self.scheduler.batch.by_row[s.row] is s for s in self.scheduler._catching_up)
         for group in self.unfinished:
             assert self.num_steps <= self._deadlines[group], f"{group.request_id} starves"
             rows = [s.row for s in group.unfinished]
@@ -281,7 +367,7 @@ class NullEngine:
         for group in [g for g in self._deadlines if g.finished]:
             del self._deadlines[group]
 
-    def _check_plan(self, plan: StepPlan, running_before: list[SequenceGroup]) -> None:
+    def _check_plan(self, plan: StepPlan, before: dict[SequenceGroup, Status]) -> None:
         scheduler, blocks = self.scheduler, self.blocks
         tile_rows = [t.row for t in plan.tiles]
         assert len(plan.rows) + len(plan.tiles) * scheduler.tile_size <= self.budget, "over the token budget"
@@ -289,30 +375,34 @@ class NullEngine:
         assert len(plan.tiles) <= plan.bucket.prefill_tiles
         assert not set(plan.rows.tolist()) & set(tile_rows), "a row in both lanes"
         assert [s.row for s in plan.sequences] == plan.rows.tolist()
+        written = blocks.tables[plan.rows, plan.positions // blocks.block_size]
+        assert (blocks.allocator.refs[written] == 1).all(), "a shared block is written"
         running = scheduler.running
-        assert sum(len(g.unfinished) for g in running) <= len(scheduler.by_row)
+        assert sum(len(g.unfinished) for g in running) <= len(scheduler.batch.by_row)
         waiting = [g for g in self.unfinished if g.status is Status.WAITING]
-        preempted = [g for g in running_before if g.status is Status.WAITING]
-        assert all(kept.order < lost.order for lost in preempted for kept in running), "the newest are preempted"
-        groups = list(dict.fromkeys(s.group for s in plan.admitted))
+        lost = [g for g, status in before.items() if status is Status.RUNNING and g.status is not Status.RUNNING]
+        assert all(kept.order < group.order for group in lost for kept in running), "the newest are preempted"
+        groups = [g for g in running if before[g] is Status.WAITING]
         assert all(g.order < w.order for g in groups for w in waiting), "admitted out of turn"
         assert [g.order for g in groups] == sorted(g.order for g in groups)
-        assert not (preempted and groups), "admitted what was about to be preempted"
+        assert not (lost and groups), "admitted what was about to be preempted"
+        assert not (groups and scheduler.num_swapped), "swapped groups come first"
+        assert not (plan.swaps_in and plan.swaps_out), "in and out in one step"
         if groups and len(running) > 1:
             assert blocks.num_free >= blocks.watermark_blocks, "admission went below the watermark"
         self.first_scheduled += [g for g in groups if g not in self.first_scheduled]
 
     def check_tables(self) -> None:
-        """The device's block tables, made of admissions and new blocks alone, are the host's."""
-        for row, sequence in enumerate(self.scheduler.by_row):
-            if sequence is not None:
+        """The device's block tables, made of admissions, forks and new blocks alone, are the host's."""
+        if self.scheduler._edits:
+            return  # forks that the device has not heard of yet
+        for row, sequence in enumerate(self.scheduler.batch.by_row):
+            if sequence is not None and self.blocks.counts[row]:  # a follower has no table yet
                 assert self.device.tables[row].tolist() == self.blocks.tables[row].tolist()
 
     def expected(self, sequence: Sequence) -> list[int]:
-        """The output that the sequence has if nobody ends it early."""
-        group, prefix, output = sequence.group, Prefixes.EMPTY, []
-        for token in group.prompt_token_ids:
-            prefix = self.prefixes.extend(prefix, token)
+        """The output that a sampled sequence has if nobody ends it early."""
+        group, prefix, output = sequence.group, self._prefix(sequence.group.prompt_token_ids), []
         while len(group.prompt_token_ids) + len(output) < sequence.max_length:
             output.append(next_token(prefix, group.seed, sequence.index))
             if output[-1] in sequence.stop_token_ids:
@@ -320,8 +410,26 @@ class NullEngine:
             prefix = self.prefixes.extend(prefix, output[-1])
         return output
 
+    def expected_beams(self, group: SequenceGroup) -> list[list[int]]:
+        """The outputs of a beam search that nobody ends early: `BeamSearch` without any rows and blocks."""
+        search = new_search(dataclasses.replace(group, sequences=[group.sequences[0]] * group.params.n))
+        start = self._prefix(group.prompt_token_ids)
+        while not search.done:
+            prefixes = [self._prefix([n.token for n in path(node)], start) for node in search.nodes]
+            search.advance(*best_continuations(np.array(prefixes), search.scores, search.num_candidates))
+        return [hypothesis.token_ids for hypothesis in search.best()]
+
+    def _prefix(self, tokens: list[int], prefix: int = Prefixes.EMPTY) -> int:
+        for token in tokens:
+            prefix = self.prefixes.extend(prefix, token)
+        return prefix
+
     def check_outputs(self) -> None:
         for group in self.groups:
+            if group.beams is not None:
+                if group.beams.done:  # not aborted
+                    assert [s.output_token_ids for s in group.sequences] == self.expected_beams(group)
+                continue
             for sequence in group.sequences:
                 output, expected = sequence.output_token_ids, self.expected(sequence)
                 if sequence.finish_reason is FinishReason.ABORT or sequence.stop_reason == "text":

@@ -6,7 +6,7 @@ import pytest
 from jpaged.errors import InvalidRequestError
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Bucket, StepPlan, Tile, Variant
-from jpaged.scheduling.plan import make_buckets, smallest_bucket, variant_of
+from jpaged.scheduling.plan import Edits, make_buckets, sampling_variant, smallest_bucket
 from jpaged.sequence import FinishReason, Status
 from tests.scheduling.null_engine import NullEngine
 
@@ -269,7 +269,7 @@ def test_what_can_never_fit_is_refused_at_once_and_the_rest_is_not():
         e.add(prompt(2), 1, n=3)
     with pytest.raises(InvalidRequestError, match="may need 5 blocks of 4 tokens and the whole pool has 4"):
         e.add(prompt(9), 9)
-    with pytest.raises(InvalidRequestError, match="lower max_tokens or n"):
+    with pytest.raises(InvalidRequestError, match="lower max_tokens, n or the number of beams"):
         e.add(prompt(5), 5, n=2)
     assert not e.scheduler.has_work
     e.add(prompt(9), 8)  # 17 tokens, the last of which is never computed
@@ -297,12 +297,20 @@ def test_pack_pads_with_the_null_row():
     plan = StepPlan(
         bucket=Bucket(3, 2),
         variant=Variant(),
+        swaps_out=[],
+        swaps_in=[],
+        edits=Edits(),
         admitted=[],
+        copies=[(8, 9)],
         sequences=[],
         rows=np.array([4, 1], np.int32),
         positions=np.array([9, 16], np.int32),
         new_blocks=np.array([0, 7], np.int32),
         tiles=[Tile(None, 5, 32, 17, True)],
+        sampling=[None] * 4,
+        result_rows=np.array([4, 1, 5, 6], np.int32),
+        result_tokens=np.array([0, 1, 19, 19], np.int32),
+        beams=[],
     )
     assert plan.pack(99).reshape(-1).tolist() == [
         *(4, 1, 99),
@@ -311,19 +319,24 @@ def test_pack_pads_with_the_null_row():
         *(5, 99),
         *(32, 0),
         *(17, 0),
-        *(1, 0),
-    ]  # tiles: rows, starts, lengths, samples
-    assert (plan.num_tokens, plan.result_rows) == (19, [0, 1, 3])
+        *(4, 1, 5, 6, 99),  # tiles: rows, starts, lengths
+        *(0, 1, 19, 19, 0),  # results: rows, tokens
+        *(8, 0, 0, 0, 0),
+        *(9, 0, 0, 0, 0),  # copies: sources, destinations, and how many they are
+        1,
+    ]
+    assert plan.num_tokens == 19
 
 
 def test_a_step_runs_in_the_cheapest_bucket_that_holds_it():
     buckets = make_buckets(64, 16, 32)
-    assert smallest_bucket(buckets, 1, 0) == Bucket(1, 0)
-    assert smallest_bucket(buckets, 17, 0) == Bucket(24, 0)
-    assert smallest_bucket(buckets, 0, 1) == Bucket(8, 4)
-    assert smallest_bucket(buckets, 9, 5) == Bucket(32, 16)
+    assert smallest_bucket(buckets, 1, 0, 1) == Bucket(1, 0)
+    assert smallest_bucket(buckets, 17, 0, 17) == Bucket(24, 0)
+    assert smallest_bucket(buckets, 0, 1, 1) == Bucket(8, 4)
+    assert smallest_bucket(buckets, 9, 5, 14) == Bucket(32, 16)
+    assert smallest_bucket(buckets, 2, 1, 40) == Bucket(64, 4), "many samples of one prompt are many results"
     with pytest.raises(ValueError, match="no bucket"):
-        smallest_bucket(buckets, 65, 0)
+        smallest_bucket(buckets, 65, 0, 65)
 
 
 @pytest.mark.parametrize("seqs", [1, 2, 3, 7, 8, 64, 100, 256, 1024, 4096])
@@ -333,20 +346,20 @@ def test_default_buckets_are_about_a_dozen_and_hold_every_step(seqs, tiles):
     assert len(buckets) == len(set(buckets)) <= 13
     for rows in {0, 1, seqs // 2, seqs}:
         for count in {0, 1, tiles}:
-            smallest_bucket(buckets, rows, count)
+            smallest_bucket(buckets, rows, count, max(rows, min(rows + count, seqs)))
 
 
 def test_a_step_asks_for_what_its_requests_ask_for():
     greedy = SamplingParams(temperature=0)
-    assert variant_of(greedy) == Variant()
-    assert variant_of(SamplingParams()) == Variant(sample=True)
-    assert variant_of(SamplingParams(top_k=-1)) == Variant(sample=True)
-    assert variant_of(SamplingParams(min_p=0.1)) == Variant(sample=True, truncate=True)
-    assert variant_of(SamplingParams(temperature=0, top_p=0.5)) == Variant(), "greedy needs no filter"
-    assert variant_of(SamplingParams(temperature=0, min_tokens=1, presence_penalty=1)) == Variant(
+    assert sampling_variant(greedy) == Variant()
+    assert sampling_variant(SamplingParams()) == Variant(sample=True)
+    assert sampling_variant(SamplingParams(top_k=-1)) == Variant(sample=True)
+    assert sampling_variant(SamplingParams(min_p=0.1)) == Variant(sample=True, truncate=True)
+    assert sampling_variant(SamplingParams(temperature=0, top_p=0.5)) == Variant(), "greedy needs no filter"
+    assert sampling_variant(SamplingParams(temperature=0, min_tokens=1, presence_penalty=1)) == Variant(
         rules=True, penalties=True
     )
-    assert [variant_of(SamplingParams(temperature=0, logprobs=k)).num_logprobs for k in (0, 1, 5, 6, 20)] == [
+    assert [sampling_variant(SamplingParams(temperature=0, logprobs=k)).num_logprobs for k in (0, 1, 5, 6, 20)] == [
         0,
         5,
         5,

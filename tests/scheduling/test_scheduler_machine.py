@@ -24,6 +24,7 @@ requests = st.fixed_dictionaries(
         "prompt": prompts,
         "max_tokens": st.integers(1, 20),
         "n": st.sampled_from([1, 1, 1, 1, 2, 3]),
+        "beams": st.sampled_from([False, False, False, True]),
         "stop": st.booleans(),
         "priority": st.integers(-2, 2),
         "salt": st.sampled_from(["", "", "", "salt"]),
@@ -34,17 +35,19 @@ requests = st.fixed_dictionaries(
 
 @st.composite
 def engines(draw):
-    tile, size = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4]))
+    tile, size, rows = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 4])), draw(st.integers(1, 6))
     return NullEngine(
         num_blocks=draw(st.integers(20, 50)) // size,
         block_size=size,
-        rows=draw(st.integers(1, 6)),
+        rows=rows,
         max_len=48,
         tile_size=tile,
-        budget=tile * draw(st.integers(1, 6)) + draw(st.integers(0, 6)),
+        budget=max(rows, tile * draw(st.integers(1, 6)) + draw(st.integers(0, 6))),
         watermark=draw(st.sampled_from([0.0, 0.01, 0.2])),
         caching=draw(st.sampled_from([True, True, False])),
         max_tiles=draw(st.sampled_from([None, 1, 2])),
+        swap_blocks=draw(st.sampled_from([0, 4, 12, 100])),
+        preemption_mode=draw(st.sampled_from(["auto", "auto", "swap", "recompute"])),
     )
 
 
@@ -62,8 +65,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.use_priorities:
                 request = request | {"priority": 0}
             length = min(len(request["prompt"]) + request["max_tokens"], engine.max_len)
-            need = request["n"] * engine.blocks.blocks_for(length - 1)
-            fits = request["n"] <= len(engine.scheduler.by_row) and need <= engine.blocks.allocator.num_usable
+            shared = len(request["prompt"]) // engine.blocks.block_size if request["n"] > 1 else 0
+            need = shared + request["n"] * (engine.blocks.blocks_for(length - 1) - shared)
+            fits = request["n"] <= len(engine.scheduler.batch.by_row) and need <= engine.blocks.allocator.num_usable
             try:
                 engine.add(**request)
             except InvalidRequestError:
@@ -119,7 +123,7 @@ TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=3
 def test_outputs_do_not_depend_on_the_pool(caching):
     """The same requests in a roomy pool and in ever smaller ones: the same outputs, only later."""
     steps = []
-    for num_blocks in (400, 24, 12, 8):
+    for num_blocks in (400, 24, 12, 9):
         engine = NullEngine(
             num_blocks=num_blocks, block_size=4, rows=6, max_len=48, tile_size=4, budget=24, caching=caching
         )
@@ -155,17 +159,20 @@ def test_a_stream_of_small_requests_does_not_starve_a_large_one():
 def test_no_block_is_held_after_100_000_random_operations():
     """Seeded. The device stays out of it, and the invariants are looked at now and then: seconds, not minutes."""
     rng = random.Random(2024)
-    engine = NullEngine(num_blocks=32, block_size=4, rows=12, max_len=64, tile_size=8, budget=44, checked=False)
+    engine = NullEngine(
+        num_blocks=32, block_size=4, rows=12, max_len=64, tile_size=8, budget=44, checked=False, swap_blocks=20
+    )
     added = 0
     for operation in range(100_000):
         kind = rng.random()
         if kind < 0.2 and len(engine.unfinished) < 40:
-            family = rng.choice(FAMILIES)
+            family, n = rng.choice(FAMILIES), rng.choice([1, 1, 1, 1, 2, 4])
             engine.add(
                 [*family[: rng.randrange(12)], rng.randrange(VOCAB)],
-                rng.randrange(1, 40),
+                rng.randrange(1, 40 // n + 1),
                 stop=rng.random() < 0.3,
-                n=rng.choice([1, 1, 1, 1, 2]),
+                n=n,
+                beams=rng.random() < 0.1,
                 priority=rng.choice([0, 0, 0, -1, 1]),
                 salt=rng.choice(["", "", "salt"]),
             )
@@ -190,3 +197,5 @@ def test_no_block_is_held_after_100_000_random_operations():
     assert added > 10_000
     assert engine.scheduler.num_preemptions > 1_000
     assert engine.blocks.stats.hits > 10_000
+    assert engine.blocks.num_copies > 1_000
+    assert engine.scheduler.num_swaps_in > 100

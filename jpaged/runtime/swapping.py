@@ -1,0 +1,80 @@
+"""Swapping: blocks of preempted groups on their way to host memory and back (paper, section 4.5).
+
+Blocks move in chunks of a few fixed sizes, so that a handful of compiled programs serve any number of blocks.
+"""
+
+import dataclasses
+import time
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels.block_copy import gather_blocks, scatter_blocks
+
+CHUNKS = (64, 8)
+"""Blocks that move in one call; the rest is padded to the smallest that holds it."""
+
+Pool = tuple[jax.Array, ...]
+
+
+@dataclasses.dataclass
+class Traffic:
+    """What has been moved in one direction."""
+
+    blocks: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, blocks: int, num_bytes: int, seconds: float) -> None:
+        self.blocks += blocks
+        self.bytes += num_bytes
+        self.seconds += seconds
+
+
+class Swapper:
+    """Copies blocks between the pool and pinned host memory, and measures it.
+
+    A swap is waited for: it is rare, and its time is worth knowing.
+
+    Args:
+      block_bytes: of one block, all layers.
+      device: where the pool is.
+    """
+
+    def __init__(self, block_bytes: int, device: jax.Device) -> None:
+        self.block_bytes = block_bytes
+        self.out, self.back = Traffic(), Traffic()
+        self._here = SingleDeviceSharding(device)
+        self._gather = jax.jit(gather_blocks, out_shardings=SingleDeviceSharding(device, memory_kind="pinned_host"))
+        self._scatter = jax.jit(scatter_blocks, donate_argnums=0)
+
+    def swap_out(self, pool: Pool, blocks: np.ndarray) -> list[Pool]:
+        """The contents of blocks (int32 [n]) in host memory, in chunks."""
+        jax.block_until_ready(pool)
+        start = time.perf_counter()
+        contents = [self._gather(pool, chunk) for chunk in _chunks(blocks)]
+        jax.block_until_ready(contents)
+        self.out.add(len(blocks), len(blocks) * self.block_bytes, time.perf_counter() - start)
+        return contents
+
+    def swap_in(self, pool: Pool, contents: list[Pool], indices: np.ndarray, blocks: np.ndarray) -> Pool:
+        """Writes what was swapped out as number indices[i] into blocks[i] (int32 [n] each); the pool is donated."""
+        jax.block_until_ready(pool)
+        start = time.perf_counter()
+        sizes = [len(chunk[0]) for chunk in contents]
+        targets = np.zeros(sum(sizes), np.int32)  # what is not wanted back goes to the null block
+        targets[indices] = blocks
+        for chunk, target in zip(contents, np.split(targets, np.cumsum(sizes)[:-1]), strict=True):
+            pool = self._scatter(pool, target, jax.device_put(chunk, self._here))
+        jax.block_until_ready(pool)
+        self.back.add(len(blocks), len(blocks) * self.block_bytes, time.perf_counter() - start)
+        return pool
+
+
+def _chunks(blocks: np.ndarray) -> list[np.ndarray]:
+    """Pieces of the sizes that are compiled; only the last is padded, with the null block."""
+    pieces = np.split(blocks, range(CHUNKS[0], len(blocks), CHUNKS[0]))
+    size = min(c for c in CHUNKS if c >= len(pieces[-1]))
+    pieces[-1] = np.pad(pieces[-1], (0, size - len(pieces[-1])))
+    return pieces
