@@ -43,8 +43,7 @@ def through_cache(prompts: Iterable[list[int]], num_blocks: int) -> list[int]:
     for prompt in prompts:
         blocks, digests = cache.match(prompt, root_digest())
         found.append(len(blocks))
-        for block in blocks:
-            allocator.acquire(block)
+        allocator.acquire(blocks)
         full = prompt[: min(len(prompt) - 1, num_blocks)]
         for token in full[len(blocks) :]:
             [block] = allocator.allocate(1)

@@ -8,18 +8,21 @@
 
 `LLMEngine` runs them as it runs jpaged's own: they plan with the same `StepPlan`s, and the rows' tables are whole when
 they are admitted. What they know of the output's length is `Sequence.max_length`, which is the true length where
-outputs are forced to it (`ignore_eos`), as in the paper's benchmark.
+outputs are forced to it (`ignore_eos`), as in the paper's benchmark. Beam search works in the simulation alone: the
+device's table of a forked row would have to stay the row's own.
 """
 
-import heapq
 from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+
+import numpy as np
 
 from benchmarks.paper.buddy import BuddyAllocator
 from jpaged.errors import InvalidRequestError
 from jpaged.memory import BlockManager
-from jpaged.scheduling import Scheduler, StepPlan
-from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
+from jpaged.memory.block_manager import Writes
+from jpaged.scheduling import Scheduler, StepPlan, beams
+from jpaged.sequence import FinishReason, Sequence, SequenceGroup
 
 Estimate = Callable[[int, int, int], int]
 """(prompt tokens, output tokens, longest sequence) -> tokens to reserve."""
@@ -38,7 +41,9 @@ def reserve_oracle(prompt: int, output: int, longest: int) -> int:
 
 
 class ReservingBlockManager(BlockManager):
-    """A row's blocks are one contiguous chunk, for all that it may ever hold. Nothing is shared or grown.
+    """A row's blocks are one contiguous chunk, for all that it may ever hold. Nothing is shared: a fork is a copy.
+
+    The copies are part of the next step, before it writes.
 
     Args:
       max_len: tokens of the longest sequence; the largest chunk holds one.
@@ -48,34 +53,66 @@ class ReservingBlockManager(BlockManager):
         chunk = BuddyAllocator.chunk_size(-(-max_len // block_size))
         super().__init__(num_blocks, block_size, max_rows, chunk, watermark=0.0, enable_prefix_caching=False)
         self.allocator: BuddyAllocator = BuddyAllocator(num_blocks, chunk)  # type: ignore[assignment]
-        self.reserved_tokens: list[int] = [0] * max_rows
+        self.wanted = 0
+        """Tokens that `try_open` sets aside for each row."""
+        self.reserved_tokens = np.zeros(max_rows, np.int64)
         """Of each row: what its estimate asked for, before blocks and chunks round it up."""
-        self._wanted: list[int] = []
+        self._chunks: dict[int, range] = {}  # by row
+        self._filled = np.zeros(max_rows, np.int32)  # of each row: blocks that hold tokens
+        self._copies: list[tuple[int, int]] = []
 
-    def fits(self, tokens: list[int]) -> bool:
-        """Whether chunks of so many tokens each can be had together."""
-        return self.allocator.fits(self.blocks_for(n) for n in tokens)
+    def fits(self, count: int, tokens: int) -> bool:
+        """Whether `count` chunks of so many tokens each can be had together."""
+        return self.allocator.fits([self.blocks_for(tokens)] * count)
 
-    def want(self, tokens: list[int]) -> None:
-        """The next `try_open`s reserve so many tokens, in this order."""
-        self._wanted = tokens[::-1]
+    def reserve(self, row: int, tokens: int) -> None:
+        """Sets a chunk aside for a row that has none. The caller asked `fits`."""
+        self._chunks[row] = self.allocator.allocate_chunk(self.blocks_for(tokens))
+        self.reserved_tokens[row] = tokens
 
     def try_open(
-        self, row: int, tokens: Tokens[int], *, salt: str = "", use_cache: bool = True, reserve: int = 0
-    ) -> int | None:
-        reserved = self._wanted.pop()
-        chunk = self.allocator.allocate_chunk(self.blocks_for(reserved))
-        self.tables[row, : len(chunk)] = chunk
-        self.counts[row] = len(chunk)
-        self.reserved_tokens[row] = reserved
-        return 0
+        self,
+        rows: Tokens[int],
+        tokens: Tokens[Tokens[int]],
+        *,
+        salt: str = "",
+        use_cache: bool = True,
+        reserve: int = 0,
+    ) -> list[int]:
+        """Gives each row a chunk of `wanted` tokens; nothing is found anywhere. The caller asked `fits`."""
+        for row, known in zip(rows, tokens, strict=True):
+            self.reserve(row, self.wanted)
+            self._occupy(row, self.blocks_for(len(known)))
+        return [0] * len(rows)
+
+    def fork(self, source: int, row: int) -> None:
+        """Copies a row's blocks to the chunk of another, which is set aside now if it has none."""
+        if row not in self._chunks:
+            self.reserve(row, int(self.reserved_tokens[source]))
+        filled = int(self._filled[source])
+        self._occupy(row, filled)
+        self._copies += zip(self.tables[source, :filled].tolist(), self.tables[row, :filled].tolist(), strict=True)
 
     def close(self, row: int) -> None:
-        count = int(self.counts[row])
-        if count:
-            self.allocator.free_chunk(int(self.tables[row, 0]))
-        self.tables[row, :count] = 0
-        self.counts[row] = self.reserved_tokens[row] = 0
+        chunk = self._chunks.pop(row, None)
+        if chunk is not None:
+            self._copies = [copy for copy in self._copies if copy[1] not in chunk]
+            self.allocator.free_chunk(chunk[0])
+        self.reserved_tokens[row] = 0
+        self._clear(row)
+
+    def writes(self, rows: np.ndarray, positions: np.ndarray) -> Writes:
+        self._filled[rows] = positions // self.block_size + 1
+        return super().writes(rows, positions)
+
+    def make_writable(self, writes: Writes) -> tuple[np.ndarray, list[tuple[int, int]]]:
+        new, copies = super().make_writable(writes)
+        copies, self._copies = copies + self._copies, []
+        return new, copies
+
+    def _occupy(self, row: int, filled: int) -> None:
+        self.lay(row, self._chunks[row], b"", [])
+        self._filled[row] = filled
 
 
 class OrcaScheduler(Scheduler):
@@ -93,9 +130,10 @@ class OrcaScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.estimate, self.longest = estimate, longest
 
-    def reservation(self, sequence: Sequence) -> int:
-        prompt = len(sequence.group.prompt_token_ids)
-        return self.estimate(prompt, sequence.max_length - prompt, self.longest)
+    def reservation(self, group: SequenceGroup) -> int:
+        """Tokens that each of a group's sequences reserves."""
+        prompt = len(group.prompt_token_ids)
+        return self.estimate(prompt, group.sequences[0].max_length - prompt, self.longest)
 
     def add(self, group: SequenceGroup) -> None:
         """Queues a group.
@@ -103,20 +141,25 @@ class OrcaScheduler(Scheduler):
         Raises:
           InvalidRequestError: the group could never run, however long it waited.
         """
-        empty = BuddyAllocator(self.blocks.allocator.num_blocks, self.blocks.allocator.max_chunk)
-        if not empty.fits(self.blocks.blocks_for(self.reservation(s)) for s in group.sequences):
+        pool, tokens = self.blocks.allocator, self.reservation(group)
+        chunks = [self.blocks.blocks_for(tokens)] * len(group.sequences)
+        if not BuddyAllocator(pool.num_blocks, pool.max_chunk).fits(chunks):
             raise InvalidRequestError(
-                f"{len(group.sequences)} chunks of {self.reservation(group.sequences[0])} tokens are more than the "
-                "pool has: lower max_tokens or n, or give the pool more memory."
+                f"{len(chunks)} chunks of {tokens} tokens are more than the pool has: lower max_tokens or n, or give "
+                "the pool more memory."
             )
         super().add(group)
 
-    def _open(self, group: SequenceGroup, sequences: list[Sequence]) -> bool:
-        tokens = [self.reservation(s) for s in sequences]
-        if not self.blocks.fits(tokens):
+    def _open(self, group: SequenceGroup) -> bool:
+        sequences, tokens = group.unfinished, self.reservation(group)
+        if not self.blocks.fits(len(sequences), tokens):
             return False
-        self.blocks.want(tokens)
-        return super()._open(group, sequences)
+        self.blocks.wanted = tokens
+        super()._open(group)
+        for sequence in sequences:
+            if not self.blocks.counts[sequence.row]:  # it will fork from another when the prompt has been computed
+                self.blocks.reserve(sequence.row, tokens)
+        return True
 
 
 class FasterTransformerScheduler(OrcaScheduler):
@@ -133,12 +176,11 @@ class FasterTransformerScheduler(OrcaScheduler):
     def __init__(self, *args, max_batch: int, max_tokens: int = 2040, longest: int, **kwargs) -> None:
         super().__init__(*args, estimate=reserve_oracle, longest=longest, **kwargs)
         self.max_batch, self.max_tokens = max_batch, max_tokens
-        self._batch: set[SequenceGroup] = set()
+        self._members: set[SequenceGroup] = set()
         self._output = 0  # tokens of the batch's longest output
 
-    def reservation(self, sequence: Sequence) -> int:
-        prompt = len(sequence.group.prompt_token_ids)
-        return min(prompt + max(self._output, sequence.max_length - prompt), self.longest)
+    def reservation(self, group: SequenceGroup) -> int:
+        return min(len(group.prompt_token_ids) + max(self._output, _output_of(group)), self.longest)
 
     def schedule(self) -> StepPlan | None:
         if not self.running:
@@ -146,30 +188,28 @@ class FasterTransformerScheduler(OrcaScheduler):
         return super().schedule()
 
     def _form_batch(self) -> None:
-        self._batch, self._output, prompt = set(), 0, 0
-        earliest = heapq.nsmallest(self.max_batch, (item for item in self._waiting if item[1].status is Status.WAITING))
-        count = 0
-        for _, group in earliest:
+        self._members, self._output = set(), 0
+        count = prompt = 0
+        for group in self.roster.waiting():
             count += len(group.unfinished)
-            prompt = max(prompt, len(group.prompt_token_ids))
-            output = max(self._output, *(s.max_length - len(s.group.prompt_token_ids) for s in group.unfinished))
-            alone = not self._batch  # can't be cut any smaller
-            if not alone and (count > self.max_batch or prompt + output > self.max_tokens):
+            prompt, output = max(prompt, len(group.prompt_token_ids)), max(self._output, _output_of(group))
+            too_much = count > self.max_batch or prompt + output > self.max_tokens
+            if self._members and too_much:
                 break
-            self._batch.add(group)
+            self._members.add(group)
             self._output = output
 
-    def _open(self, group: SequenceGroup, sequences: list[Sequence]) -> bool:
-        if group not in self._batch or not super()._open(group, sequences):
+    def _open(self, group: SequenceGroup) -> bool:
+        if group not in self._members or not super()._open(group):
             return False
-        for sequence in sequences:
-            self.end[sequence.row] = self.reservation(sequence) - 1
+        for sequence in group.unfinished:
+            self.batch.end[sequence.row] = self.reservation(group) - 1
         return True
 
-    def commit(self, plan: StepPlan, tokens: list[int]) -> list[Sequence]:
+    def commit(self, plan: StepPlan, results: np.ndarray, candidates: beams.Candidates | None = None) -> list[Sequence]:
         """Appends the sampled tokens to the outputs that are not complete; ends all when the last one is."""
         received = []
-        for sequence, token in zip(plan.sampling, tokens, strict=True):
+        for sequence, token in zip(plan.sampling, results[: len(plan.sampling), 0].tolist(), strict=True):
             if not sequence.finished and _end_of(sequence) is None:
                 sequence.tokens.append(token)
                 received.append(sequence)
@@ -178,6 +218,10 @@ class FasterTransformerScheduler(OrcaScheduler):
             for sequence, end in ends:
                 self.finish(sequence, *end)
         return received
+
+
+def _output_of(group: SequenceGroup) -> int:
+    return group.sequences[0].max_length - len(group.prompt_token_ids)
 
 
 def _end_of(sequence: Sequence) -> tuple[FinishReason, int | None] | None:

@@ -8,6 +8,8 @@ The paper assumes it for Orca (section 6.1): contiguous room for a whole sequenc
 
 from collections.abc import Iterable
 
+import numpy as np
+
 from jpaged.memory.allocator import NULL_BLOCK
 
 
@@ -32,6 +34,8 @@ class BuddyAllocator:
                 self._free[size][start] = None
                 start += size
         self.num_free = self.num_usable
+        self.refs = np.ones(num_blocks, np.int32)
+        """References of each block: nothing is ever shared."""
 
     @property
     def num_usable(self) -> int:

@@ -24,13 +24,13 @@ class MemoryUse:
             return
         blocks = scheduler.blocks
         slots = blocks.allocator.num_usable * blocks.block_size
-        tokens = int(scheduler.position.sum())
+        tokens = int(scheduler.batch.position.sum())
         reserved = internal = 0
         if isinstance(blocks, ReservingBlockManager):
             rows = np.flatnonzero(blocks.counts)
-            final = int(scheduler.end[rows].sum()) + len(rows)
+            final = int(scheduler.batch.end[rows].sum()) + len(rows)
             reserved = final - tokens
-            internal = sum(blocks.reserved_tokens) - final
+            internal = int(blocks.reserved_tokens.sum()) - final
         logical, physical = int(blocks.counts.sum()), blocks.num_used
         batch = len(scheduler.running)
         self._samples.append((batch, tokens / slots, reserved / slots, internal / slots, logical, max(1, physical)))

@@ -12,11 +12,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper import traces
+from benchmarks.paper.beam_traces import beam_trace
 from benchmarks.paper.cost import FASTER_TRANSFORMER, MODELS, VLLM_2023, CostModel
 from benchmarks.paper.memory_use import MemoryUse
 from benchmarks.paper.simulate import simulate
 from benchmarks.paper.systems import Settings, make_scheduler
+from jpaged.scheduling.scheduler import PreemptionMode
 
+SWAP_BYTES = 20 * 2**30
+"""Host memory for swapped blocks, for each GPU."""
 THRESHOLD = 0.5
 """Seconds a token: where the rates of figures 12, 14, 16 and 17 are compared."""
 
@@ -35,6 +39,7 @@ class Scenario:
     """Sequences of each request."""
     beam: bool = False
     block_size: int = 16
+    preemption_mode: PreemptionMode = "auto"
     prefix: int = 0
     """Tokens that all prompts begin with."""
     window: tuple[float, float] | None = None
@@ -42,14 +47,16 @@ class Scenario:
     seed: int = 0
 
 
-def run(scenario: Scenario, folder: Path) -> dict[str, Any]:
-    """Simulates a scenario with the traces of a folder."""
+def run(scenario: Scenario, folder: Path, beams: Path | None = None) -> dict[str, Any]:
+    """Simulates a scenario with the traces of a folder; beam searches by a recording, or by the synthetic model."""
     model = MODELS[scenario.model]
     settings = Settings(
         slots=model.slots,
         block_size=scenario.block_size,
         ft_batch=model.ft_batch.get(scenario.data, 1),
         prefix_caching=scenario.prefix > 0,
+        preemption_mode=scenario.preemption_mode,
+        swap_slots=int(SWAP_BYTES * model.num_gpus / model.kv_bytes),
     )
     scheduler = make_scheduler(scenario.system, settings)
     software = FASTER_TRANSFORMER if scenario.system == "ft" else VLLM_2023
@@ -60,6 +67,7 @@ def run(scenario: Scenario, folder: Path) -> dict[str, Any]:
         traces.requests(_pairs(scenario, folder), scenario.rate, scenario.duration, scenario.seed),
         n=scenario.n,
         prefix=scenario.prefix,
+        beams=beam_trace(scenario.n, beams) if scenario.beam else None,
         until=use.end if use else math.inf,
         observe=use,
     )

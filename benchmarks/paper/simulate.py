@@ -8,6 +8,9 @@ Steps run one after the other, as in the paper's engine: the next one is planned
 import dataclasses
 from collections.abc import Callable, Iterator
 
+import numpy as np
+
+from benchmarks.paper.beam_traces import BeamTrace
 from benchmarks.paper.cost import CostModel
 from benchmarks.paper.systems import make_group, work_of
 from benchmarks.paper.traces import Request
@@ -30,6 +33,8 @@ class Outcome:
     mean_batch: float
     """Running requests, mean over the steps."""
     preemptions: int
+    swaps: int
+    """Groups swapped out."""
     tokens_computed_again: int
 
 
@@ -40,6 +45,7 @@ def simulate(
     *,
     n: int = 1,
     prefix: int = 0,
+    beams: BeamTrace | None = None,
     until: float = float("inf"),
     observe: Observer | None = None,
 ) -> Outcome:
@@ -49,6 +55,7 @@ def simulate(
       requests: by arrival.
       n: sequences of every request.
       prefix: tokens in front of every prompt, the same for all.
+      beams: who continues whom; requests are beam searches of width n then.
       until: seconds after which no further step is planned.
       observe: looks at the scheduler after each planned step.
     """
@@ -57,7 +64,7 @@ def simulate(
     coming = next(arrivals, None)
     while now < until:
         while coming is not None and coming[1].arrival <= now:
-            scheduler.add(make_group(coming[1], coming[0], n=n, prefix=prefix))
+            scheduler.add(make_group(coming[1], coming[0], n=n, prefix=prefix, beam=beams is not None))
             coming = next(arrivals, None)
         plan = scheduler.schedule()
         if plan is None:
@@ -71,7 +78,8 @@ def simulate(
             observe(now, scheduler)
         now += cost.step(work_of(plan))
         before = scheduler.running.copy()
-        scheduler.commit(plan, [0] * len(plan.sampling))
+        tokens = np.zeros((len(plan.sampling), 1), np.int32)
+        scheduler.commit(plan, tokens, beams.candidates(plan) if beams and plan.beams else None)
         if len(scheduler.running) < len(before):
             ended = [group for group in before if group.finished]
             latencies += [(now - g.metrics.arrival_time) / g.params.max_tokens for g in ended]
@@ -82,5 +90,6 @@ def simulate(
         steps=steps,
         mean_batch=running / max(1, steps),
         preemptions=scheduler.num_preemptions,
+        swaps=scheduler.num_swaps_out,
         tokens_computed_again=scheduler.tokens_lost,
     )

@@ -21,10 +21,10 @@ class Job:
     tolerance: float = 0.02
 
 
-def execute(job: Job, folder: Path) -> dict[str, Any]:
+def execute(job: Job, folder: Path, beams: Path | None) -> dict[str, Any]:
     if job.search:
-        return capacity(job.scenario, lambda s: run(s, folder), tolerance=job.tolerance)
-    return run(job.scenario, folder)
+        return capacity(job.scenario, lambda s: run(s, folder, beams), tolerance=job.tolerance)
+    return run(job.scenario, folder, beams)
 
 
 class Store:
@@ -34,13 +34,15 @@ class Store:
       path: the file; it need not exist.
       folder: where the traces lie.
       processes: how many jobs run at once.
+      beams: a recording of beam searches; None: the synthetic model.
     """
 
-    def __init__(self, path: Path, folder: Path, processes: int = 2) -> None:
-        self.path, self.folder, self.processes = path, folder, processes
+    def __init__(self, path: Path, folder: Path, processes: int = 2, beams: Path | None = None) -> None:
+        self.path, self.folder, self.processes, self.beams = path, folder, processes, beams
         self._known: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
         constants = repr((cost.MODELS, cost.VLLM_2023, cost.FASTER_TRANSFORMER, cost.PCIE_BANDWIDTH, cost.PCIE_COPY))
         self._model = hashlib.sha256(constants.encode()).hexdigest()[:12]
+        self._recording = hashlib.sha256(beams.read_bytes()).hexdigest()[:12] if beams else "synthetic"
 
     def __getitem__(self, job: Job) -> dict[str, Any]:
         return self._known[self._key(job)]
@@ -49,14 +51,15 @@ class Store:
         return self._key(job) in self._known
 
     def _key(self, job: Job) -> str:
-        return json.dumps([self._model, dataclasses.asdict(job)], sort_keys=True)
+        recording = [self._recording] if job.scenario.beam else []
+        return json.dumps([self._model, *recording, dataclasses.asdict(job)], sort_keys=True)
 
     def compute(self, jobs: Iterable[Job]) -> None:
         """Runs what is not known yet; says what it does."""
         missing = [job for job in dict.fromkeys(jobs) if job not in self]
         start = time.monotonic()
         with concurrent.futures.ProcessPoolExecutor(self.processes) as pool:
-            running = {pool.submit(execute, job, self.folder): job for job in missing}
+            running = {pool.submit(execute, job, self.folder, self.beams): job for job in missing}
             for done, future in enumerate(concurrent.futures.as_completed(running), 1):
                 job = running[future]
                 self._known[self._key(job)] = result = future.result()

@@ -19,8 +19,9 @@ from benchmarks.paper.traces import Request
 from jpaged.memory import BlockManager
 from jpaged.outputs import RequestMetrics
 from jpaged.sampling_params import SamplingParams
-from jpaged.scheduling import Scheduler, StepPlan
+from jpaged.scheduling import Scheduler, StepPlan, beams
 from jpaged.scheduling.plan import make_buckets
+from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.sequence import Sequence, SequenceGroup
 
 SYSTEMS = ("ft", "orca-max", "orca-pow2", "orca-oracle", "jpaged")
@@ -40,7 +41,11 @@ class Settings:
     block_size: int = 16
     max_len: int = 2048
     ft_batch: int = 1
+    """Sequences of FasterTransformer's batch."""
     prefix_caching: bool = False
+    preemption_mode: PreemptionMode = "auto"
+    swap_slots: int = 0
+    """Token slots in host memory."""
 
 
 def make_scheduler(name: str, settings: Settings) -> Scheduler:
@@ -67,22 +72,27 @@ def make_scheduler(name: str, settings: Settings) -> Scheduler:
         "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
     }
     if name == "jpaged":
-        return Scheduler(**arguments)
+        swap_blocks = settings.swap_slots // size
+        return Scheduler(**arguments, swap_blocks=swap_blocks, preemption_mode=settings.preemption_mode)
     if name == "ft":
         return FasterTransformerScheduler(**arguments, longest=longest, max_batch=settings.ft_batch)
     return OrcaScheduler(**arguments, longest=longest, estimate=ESTIMATES[name])
 
 
-def make_group(request: Request, number: int, *, n: int = 1, prefix: int = 0) -> SequenceGroup:
+def make_group(request: Request, number: int, *, n: int = 1, beam: bool = False, prefix: int = 0) -> SequenceGroup:
     """A request with tokens of its own behind `prefix` tokens that all requests have in common."""
     first = 1 + number * 4096  # no two requests have a token in common
     tokens = [*range(-prefix, 0), *range(first, first + request.prompt)]
-    params = SamplingParams(n=n, max_tokens=request.output, ignore_eos=True)
+    params = SamplingParams(
+        n=n, max_tokens=request.output, ignore_eos=True, use_beam_search=beam, temperature=0.0 if beam else 1.0
+    )
     group = SequenceGroup(
         f"{number}", None, tokens, params, number, (0, number), RequestMetrics(arrival_time=request.arrival)
     )
     length = len(tokens) + request.output
     group.sequences = [Sequence(group, i, list(tokens), length) for i in range(n)]
+    if beam:
+        group.beams = beams.new_search(group)
     return group
 
 
@@ -92,13 +102,14 @@ def work_of(plan: StepPlan) -> Work:
     prompt = sum(t.length for t in tiles)
     pairs = sum(t.length * (t.start + t.length / 2) for t in tiles)
     decodes = len(plan.rows)
-    sampling = [t.sequence.group for t in tiles if t.samples]
-    groups = len({id(s.group) for s in plan.sequences}.union(map(id, sampling)))
+    moved = sum(len(s.blocks) for s in plan.swaps_out) + sum(len(s.blocks) for s in plan.swaps_in)
     return Work(
         decodes=decodes,
         context=int(plan.positions.sum()) + decodes,
         prompt=prompt,
         pairs=pairs,
-        samples=decodes + len(sampling),
-        groups=groups,
+        samples=len(plan.sampling),
+        groups=len({id(s.group) for s in plan.sampling}),
+        copied=len(plan.copies),
+        swapped=moved,
     )

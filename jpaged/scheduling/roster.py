@@ -33,6 +33,10 @@ class Roster:
             heapq.heappop(self._waiting)
         return self._waiting[0][1] if self._waiting else None
 
+    def waiting(self) -> list[SequenceGroup]:
+        """Those that wait, in order."""
+        return [group for _, group in sorted(self._waiting) if group.status is Status.WAITING]
+
     def next_swapped(self) -> SequenceGroup:
         return min(self.swapped, key=lambda group: group.order)
 

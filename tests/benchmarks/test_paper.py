@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 
 from benchmarks.paper import traces
+from benchmarks.paper.beam_traces import RecordedBeams, SyntheticBeams
 from benchmarks.paper.buddy import BuddyAllocator
 from benchmarks.paper.cost import MODELS, CostModel, Work
 from benchmarks.paper.figures import FIGURES
@@ -36,7 +37,7 @@ class OneSecond(CostModel):
         return 1.0
 
 
-def serve(system, requests, *, slots, observe=None, **fields):
+def serve(system, requests, *, slots, observe=None, n=1, beams=None, **fields):
     """Runs requests that all arrive at once, with every promise checked at every step."""
     scheduler = make_scheduler(system, Settings(slots=slots, **fields))
 
@@ -45,7 +46,8 @@ def serve(system, requests, *, slots, observe=None, **fields):
         if observe:
             observe(now, scheduler)
 
-    outcome = simulate(scheduler, OneSecond(), iter([Request(0.0, p, o) for p, o in requests]), observe=look)
+    arrivals = iter([Request(0.0, p, o) for p, o in requests])
+    outcome = simulate(scheduler, OneSecond(), arrivals, n=n, beams=beams, observe=look)
     assert scheduler.blocks.num_used == 0
     return outcome
 
@@ -143,6 +145,60 @@ def test_a_faster_transformer_batch_is_cut_where_prompt_and_output_are_too_long_
 def test_iteration_level_scheduling_lets_each_request_end_by_itself():
     outcome = serve("orca-oracle", [(4, 3), (4, 10)], slots=2048)
     assert outcome.normalized_latency == 1.0
+
+
+# --------------------------------------------------------------------------------------------------------- groups
+
+
+def test_orca_gives_each_sample_a_chunk_and_copies_the_prompt_into_it():
+    scheduler = make_scheduler("orca-oracle", Settings(slots=256, max_len=256))
+    scheduler.add(make_group(Request(0.0, 20, 10), 0, n=3))
+    plan = scheduler.schedule()
+    assert not plan.copies  # the prompt is being computed
+    tables = [scheduler.blocks.tables[s.row, :2].tolist() for s in plan.sampling]
+    assert len({block for table in tables for block in table}) == 6
+    scheduler.commit(plan, np.zeros((3, 1), np.int32))
+    copies = scheduler.schedule().copies
+    assert sorted(copies) == sorted(zip(2 * tables[0], tables[1] + tables[2], strict=True))
+    assert not scheduler.schedule().copies
+
+
+def test_orca_starts_a_group_when_all_its_chunks_fit():
+    seen = []
+    serve("orca-oracle", [(8, 8)] * 4, slots=80, n=3, observe=lambda now, s: seen.append(len(s.running)))
+    assert set(seen) == {1}  # five blocks: two groups of three would need six
+
+
+def test_parallel_samples_share_the_full_blocks_of_their_prompt():
+    # 40 tokens of prompt: two full blocks and a part; after the first token each of the three has that part for itself.
+    use = MemoryUse(2, 4)
+    serve("jpaged", [(40, 5)], slots=1600, n=3, observe=use)
+    assert use.means()["saved"] == pytest.approx(1 - (2 + 3) / 9)
+
+
+@pytest.mark.parametrize("system", ["jpaged", "orca-oracle", "orca-pow2", "orca-max"])
+def test_beam_searches_end_under_pressure(system):
+    lengths = [(7, 30), (33, 12), (1, 50), (20, 20), (16, 16)]
+    outcome = serve(system, lengths, slots=1024, max_len=64, n=4, beams=SyntheticBeams(4))
+    assert outcome.finished == len(lengths)
+
+
+@pytest.mark.parametrize(("parents", "saved"), [([0, 1], 1 - 5 / 6), ([0, 0], 1 - 4 / 6)])
+def test_recorded_beams_follow_the_recording(tmp_path, parents, saved):
+    # Prompt and output of a block each, and a token in the third. Beams that go their own ways share the prompt's block;
+    # two children of one beam share all but the block that they write to.
+    path = tmp_path / "beams.json"
+    path.write_text(json.dumps([{"width": 2, "requests": [[[0, 0], parents]]}]))
+    use = MemoryUse(17, 18)
+    assert serve("jpaged", [(16, 20)], slots=1024, n=2, beams=RecordedBeams(path, 2), observe=use).finished == 1
+    assert use.means()["saved"] == pytest.approx(saved)
+
+
+def test_a_recording_of_other_widths_is_refused(tmp_path):
+    path = tmp_path / "beams.json"
+    path.write_text(json.dumps([{"width": 2, "requests": [[[0, 0]]]}]))
+    with pytest.raises(ValueError, match="width 3"):
+        RecordedBeams(path, 3)
 
 
 # ----------------------------------------------------------------------------------------------- memory and traces

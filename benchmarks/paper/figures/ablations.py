@@ -1,16 +1,18 @@
 """Figure 18b (block size) and figure 19 (swapping against recomputing)."""
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from benchmarks.paper.cost import MODELS, CostModel
 from benchmarks.paper.figures.base import Row, point
-from benchmarks.paper.published import BLOCK_SIZES, FIG18B, FIG19A_RECOMPUTE, FIG19A_SWAP
+from benchmarks.paper.published import BLOCK_SIZES, FIG18B, FIG19A_RECOMPUTE, FIG19A_SWAP, FIG19B
 from benchmarks.paper.scenario import Scenario
 from benchmarks.paper.store import Job, Store
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
+
+MODES: dict[Literal["swap", "auto"], str] = {"auto": "recompute", "swap": "swap"}
 
 
 class BlockSizes:
@@ -49,32 +51,61 @@ class BlockSizes:
 
 
 class Recovery:
-    """Milliseconds to swap 256 tokens of OPT-13B out and in, or to compute them again: the cost model's formulas."""
+    """Swapping out and in against computing again: 256 tokens by the cost model's formulas (a), and end to end (b)."""
 
-    title = "Swapping against recomputing 256 tokens of OPT-13B"
+    title = "Swapping against recomputing, OPT-13B: 256 tokens (a); ShareGPT, 2.01 req/s (b)"
+
+    @staticmethod
+    def _job(size: int, mode: Literal["swap", "auto"], quick: bool) -> Job:
+        scenario = Scenario(
+            system="jpaged",
+            model="opt-13b",
+            data="sharegpt",
+            rate=BlockSizes.rates["sharegpt"],
+            duration=3600,
+            block_size=size,
+            preemption_mode=mode,  # auto recomputes a lone sequence
+        )
+        return point(scenario, quick)
 
     def jobs(self, quick: bool) -> Iterable[Job]:
-        return []
+        return [self._job(size, mode, quick) for size in BLOCK_SIZES for mode in MODES]
 
     @staticmethod
     def _times(size: int) -> tuple[float, float]:
         cost = CostModel(MODELS["opt-13b"], block_size=size)
         return 1e3 * cost.swap(256), 1e3 * cost.recompute(256)
 
+    def _latency(self, store: Store, size: int, mode: Literal["swap", "auto"], quick: bool) -> float:
+        return store[self._job(size, mode, quick)]["normalized_latency"]
+
     def rows(self, store: Store, quick: bool) -> list[Row]:
-        swaps = [
-            Row("fig19", f"swap out and in, block {size}", "ms", paper, self._times(size)[0])
+        rows = [
+            Row("fig19", f"a: swap out and in, block {size}", "ms", paper, self._times(size)[0])
             for size, paper in zip(BLOCK_SIZES, FIG19A_SWAP, strict=True)
         ]
-        return [*swaps, Row("fig19", "recompute, any block size", "ms", FIG19A_RECOMPUTE, self._times(16)[1])]
+        rows.append(Row("fig19", "a: recompute, any block size", "ms", FIG19A_RECOMPUTE, self._times(16)[1]))
+        for size in BLOCK_SIZES:
+            for mode, name in MODES.items():
+                paper = FIG19B.get(size, {}).get(name)
+                rows.append(
+                    Row("fig19", f"b: {name}, block {size}", "s/token", paper, self._latency(store, size, mode, quick))
+                )
+        return rows
 
     def draw(self, store: Store, quick: bool, canvas: "Canvas") -> None:
-        axes = canvas.subplots()
+        canvas.set_size_inches(9, 4)
+        left, right = canvas.subplots(1, 2)
         swap, recompute = zip(*map(self._times, BLOCK_SIZES), strict=True)
-        axes.plot(BLOCK_SIZES, FIG19A_SWAP, "o:", color="silver", label="paper: swap")
-        axes.plot(BLOCK_SIZES, [FIG19A_RECOMPUTE] * len(BLOCK_SIZES), ":", color="black", label="paper: recompute")
-        axes.plot(BLOCK_SIZES, swap, "o-", label="model: swap")
-        axes.plot(BLOCK_SIZES, recompute, "-", label="model: recompute")
-        axes.set_xscale("log", base=2)
-        axes.set(xlabel="block size", ylabel="ms", ylim=(0, 150))
-        axes.legend(fontsize=8)
+        left.plot(BLOCK_SIZES, FIG19A_SWAP, "o:", color="silver", label="paper: swap")
+        left.plot(BLOCK_SIZES, [FIG19A_RECOMPUTE] * len(BLOCK_SIZES), ":", color="black", label="paper: recompute")
+        left.plot(BLOCK_SIZES, swap, "o-", label="model: swap")
+        left.plot(BLOCK_SIZES, recompute, "-", label="model: recompute")
+        left.set(ylabel="ms", ylim=(0, 150), title="a")
+        for mode, name in MODES.items():
+            right.plot(BLOCK_SIZES, [self._latency(store, s, mode, quick) for s in BLOCK_SIZES], "o-", label=name)
+        right.set(ylabel="s/token", yscale="log", title="b")
+        for axes in (left, right):
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("block size")
+            axes.legend(fontsize=8)

@@ -96,7 +96,7 @@ class Batch:
 
 
 class Sharing:
-    """Blocks that sharing saves: 1 - 1 / mean(table entries / blocks), between 300 and 900 s."""
+    """Blocks that sharing saves: 1 - 1 / mean(table entries / blocks), between 300 and 600 s."""
 
     title = "Blocks saved by sharing, OPT-13B"
     rates: ClassVar = {"alpaca": 20.0, "sharegpt": 4.0}
@@ -108,10 +108,10 @@ class Sharing:
             model="opt-13b",
             data=data,
             rate=self.rates[data],
-            duration=900,
+            duration=600,
             n=n,
             beam=beam,
-            window=(300, 900),
+            window=(300, 600),
         )
         return point(scenario, quick)
 
