@@ -66,16 +66,17 @@ class Software:
     """Share of the bandwidth when weights are read. FasterTransformer's own log in the artefact (OPT-13B, 102 batches)
     is 18.5 ms a step + 0.57 ms per 1,000 cached tokens to 0.5 %: 25.7 GB in 18.5 ms."""
     kv: float = 0.757
-    """Share of the bandwidth when blocks are read. Figure 18a, context 256, batch 8 to 32: 151 us for 126 MB."""
+    """Share of the bandwidth when blocks are read: FasterTransformer's by the same log, 0.931, over 1.23; the paper has
+    20 to 26 % between their attention kernels."""
     matmul: float = 0.657
     """Share of the peak in compute-bound products. Figure 19a: 256 tokens recomputed in 37.5 / 0.9 ms, host included
     (the released script multiplies by 0.9)."""
     host_step: float = 9.3e-3
     """Seconds a step. Figure 12a, vLLM at 1 req/s: 0.037 s/token."""
     host_group: float = 0.2e-3
-    """Seconds for each request that is sampled from. Figure 14, vLLM, n = 6."""
+    """Seconds for each request that is sampled from: the larger part of the sampler's loop, by figure 14, vLLM, n = 6."""
     host_sequence: float = 0.12e-3
-    """Seconds for each sequence that is sampled from. Figure 12d, vLLM's capacity."""
+    """Seconds for each sequence that is sampled from. Both together: figure 12d, vLLM's capacity."""
     all_reduce: float = 30e-6
     """Seconds of latency of one of a layer's two all-reduces; a usual value for NVLink."""
     remote_step: float = 10e-3
@@ -88,7 +89,7 @@ VLLM_2023 = Software()
 FASTER_TRANSFORMER = dataclasses.replace(
     VLLM_2023, kv=0.931, host_step=0.0, host_group=0.0, host_sequence=0.0, remote_step=0.0, remote_sequence=0.0
 )
-"""C++ without a host's shadow; its attention kernel by figure 18a (132 us for the same 126 MB)."""
+"""C++: what its log tells, and no host."""
 
 PCIE_BANDWIDTH = 2 * 256 * 819_200 / 33.4e-3
 """Bytes/s. Figure 19a: 256 tokens of OPT-13B out and in, in one block: 33.4 ms."""

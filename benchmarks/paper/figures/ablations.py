@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 MODES: dict[Literal["swap", "auto"], str] = {"auto": "recompute", "swap": "swap"}
 
+DURATION = 600
+"""Seconds of arrivals, as in the artefact. The loads are overloads: with longer traces every latency is larger."""
+
 
 class BlockSizes:
     """Normalized latency by block size, at rates just past what the paper's vLLM could take."""
@@ -24,7 +27,7 @@ class BlockSizes:
     def _job(self, data: str, size: int, quick: bool) -> Job:
         rate = self.rates[data]
         return point(
-            Scenario(system="jpaged", model="opt-13b", data=data, rate=rate, duration=3600, block_size=size), quick
+            Scenario(system="jpaged", model="opt-13b", data=data, rate=rate, duration=DURATION, block_size=size), quick
         )
 
     def jobs(self, quick: bool) -> Iterable[Job]:
@@ -62,7 +65,7 @@ class Recovery:
             model="opt-13b",
             data="sharegpt",
             rate=BlockSizes.rates["sharegpt"],
-            duration=3600,
+            duration=DURATION,
             block_size=size,
             preemption_mode=mode,  # auto recomputes a lone sequence
         )
