@@ -74,7 +74,7 @@ class Software:
     host_step: float = 9.3e-3
     """Seconds a step. Figure 12a, vLLM at 1 req/s: 0.037 s/token."""
     host_group: float = 0.2e-3
-    """Seconds for each request that is sampled from: the larger part of the sampler's loop, by figure 14, vLLM, n = 6."""
+    """Seconds for each request that is sampled from. Its share of the two: figure 14, vLLM, n = 6."""
     host_sequence: float = 0.12e-3
     """Seconds for each sequence that is sampled from. Both together: figure 12d, vLLM's capacity."""
     all_reduce: float = 30e-6
