@@ -16,9 +16,17 @@ Panel = dict[str, Scenario]
 """Scenarios by system; their rates are where the searches begin, the paper's result."""
 
 
-def _panel(key: str, model: str, data: str, duration: float, **fields) -> Panel:
+def _panel(key: str, model: str, data: str, duration: float, requests: int = 0, **fields) -> Panel:
+    """Scenarios of a duration, but of so many requests at least, and of an hour at most."""
     return {
-        system: Scenario(system=system, model=model, data=data, rate=rate, duration=duration, **fields)
+        system: Scenario(
+            system=system,
+            model=model,
+            data=data,
+            rate=rate,
+            duration=min(max(duration, requests / rate), HOUR),
+            **fields,
+        )
         for system, rate in CAPACITY[key].items()
     }
 
@@ -34,7 +42,7 @@ CURVES: Mapping[str, dict[str, Panel]] = {
     "fig12e": {"fig12e": _panel("fig12e", "opt-66b", "alpaca", QUARTER)},
     "fig12f": {"fig12f": _panel("fig12f", "opt-175b", "alpaca", QUARTER)},
     "fig14": {
-        f"{kind} {n}": _panel(f"{kind} {n}", "opt-13b", "alpaca", 300.0, n=n, beam=kind == "beam")
+        f"{kind} {n}": _panel(f"{kind} {n}", "opt-13b", "alpaca", 300.0, 1500, n=n, beam=kind == "beam")
         for kind in ("parallel", "beam")
         for n in (2, 4, 6)
     },
@@ -98,7 +106,8 @@ class Curves:
                 axes.axvline(CAPACITY[key][system], color=COLORS[system], ls=":", lw=1)
             axes.axhline(THRESHOLD, color="black", lw=0.5)
             axes.set(ylim=(0, 1), xlabel="requests/s", ylabel="s/token")
-            axes.set_xlim(left=0, right=1.15 * max(CAPACITY[key].values()))
+            ours = [store[search(s, quick)]["capacity"] for s in panel.values()]
+            axes.set_xlim(left=0, right=1.1 * max(*ours, *CAPACITY[key].values()))
             if key != self.name:
                 axes.set_title(key)
             if i == 0:

@@ -59,7 +59,7 @@ class Waste:
                 axes.text(i + source, shares[0] / 2, f"{shares[0]:.1f}", ha="center", fontsize=8)
         axes.set_xticks(range(len(PAGED)), [f"{LABELS[s]}\npaper | ours" for s in PAGED], fontsize=8)
         axes.set_ylabel("% of the pool")
-        axes.legend(fontsize=8, loc="center left")
+        canvas.legend(fontsize=8, loc="outside lower center", ncols=4)
 
 
 class Batch:
