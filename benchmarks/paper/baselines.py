@@ -8,8 +8,8 @@
 
 `LLMEngine` runs them as it runs jpaged's own: they plan with the same `StepPlan`s, and the rows' tables are whole when
 they are admitted. What they know of the output's length is `Sequence.max_length`, which is the true length where
-outputs are forced to it (`ignore_eos`), as in the paper's benchmark. Beam search works in the simulation alone: the
-device's table of a forked row would have to stay the row's own.
+outputs are forced to it (`ignore_eos`), as in the paper's benchmark. Groups of several sequences work in the simulation
+alone: a plan has no room for a whole prompt's copies, and on the device a forked beam's table becomes its parent's.
 """
 
 from collections.abc import Callable
@@ -207,7 +207,11 @@ class FasterTransformerScheduler(OrcaScheduler):
         return True
 
     def commit(self, plan: StepPlan, results: np.ndarray, candidates: beams.Candidates | None = None) -> list[Sequence]:
-        """Appends the sampled tokens to the outputs that are not complete; ends all when the last one is."""
+        """Appends the sampled tokens to the outputs that are not complete; ends all when the last one is.
+
+        Returns: the sequences that received a token, or that ended. (So an output that has been complete for a while is
+        given one log-probability too many, if it wants any.)
+        """
         received = []
         for sequence, token in zip(plan.sampling, results[: len(plan.sampling), 0].tolist(), strict=True):
             if not sequence.finished and _end_of(sequence) is None:
@@ -217,6 +221,7 @@ class FasterTransformerScheduler(OrcaScheduler):
         if all(end is not None for _, end in ends):
             for sequence, end in ends:
                 self.finish(sequence, *end)
+            received = list(dict.fromkeys([*received, *(s for s, _ in ends)]))
         return received
 
 
