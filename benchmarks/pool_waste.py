@@ -105,7 +105,7 @@ class Replay:
             self.num_computed += plan.num_tokens
         if len(self._in_flight) > 1 or plan is None:
             committed = self._in_flight.popleft()
-            self.scheduler.commit(committed, [1] * len(committed.sampling))
+            self.scheduler.commit(committed, np.ones((len(committed.sampling), 1), np.int32))
         return waiting
 
     def count(self) -> tuple[int, int, int, int]:

@@ -77,12 +77,12 @@ class NullEngine:
         begin = clock()
         if len(self.in_flight) > 1:
             plan, results = self.in_flight.popleft()
-            self.scheduler.commit(plan, results[plan.result_rows, 0].tolist())
+            self.scheduler.commit(plan, results)
         return scheduled - start, packed - scheduled, clock() - begin
 
     def start(self) -> None:
         """Steps until every sequence decodes."""
-        while self.scheduler.num_waiting or self.scheduler._catching_up:
+        while self.scheduler.num_waiting or self.scheduler._admission.catching_up:
             self.step()
         for _ in range(2 * BLOCK_SIZE):
             self.step()

@@ -37,17 +37,11 @@ class Roster:
             heapq.heappop(self._waiting)
         return self._waiting[0][1] if self._waiting else None
 
-<<<<<<< HEAD
-    def waiting(self) -> list[SequenceGroup]:
-        """Those that wait, in order."""
-        return [group for _, group in sorted(self._waiting) if group.status is Status.WAITING]
-=======
     @property
     def waiting(self) -> list[SequenceGroup]:
         """The next to be admitted first."""
         waiting = {group for _, group in self._waiting if group.status is Status.WAITING}  # some stand there twice
         return sorted(waiting, key=lambda group: group.order)
->>>>>>> main
 
     def next_swapped(self) -> SequenceGroup:
         return min(self.swapped, key=lambda group: group.order)
