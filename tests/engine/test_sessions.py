@@ -5,16 +5,10 @@ import random
 import pytest
 
 from jpaged.errors import InvalidRequestError, JpagedError
-from jpaged.llm import LLM
-from jpaged.sampling_params import SamplingParams
+from jpaged.sampling_params import BeamSearchParams, SamplingParams
+from tests.engine.support import llm_of
 
 PROMPT = {"prompt_token_ids": [random.Random(1).randrange(300) for _ in range(30)]}
-
-
-def llm_of(engine) -> LLM:
-    llm = LLM.__new__(LLM)  # the offline API around an engine that shares the loaded model
-    llm.engine, llm._next_id = engine, 0
-    return llm
 
 
 def fresh(session, number):
@@ -130,6 +124,29 @@ def test_pins_leave_room_for_what_waits_and_runs(tiny):
         prefix.pin()
     engine.abort("large")
     prefix.pin()
+
+
+def test_beam_search_of_the_offline_api(tiny):
+    """vLLM's names for what `use_beam_search` does; what else it gives is in test_beams.py."""
+    llm = llm_of(tiny())
+    for width, stopping in ((3, False), (2, "never")):
+        asked = BeamSearchParams(beam_width=width, max_tokens=6, length_penalty=0.5, early_stopping=stopping)
+        [output] = llm.beam_search(PROMPT, asked, use_tqdm=False)
+        same = SamplingParams(
+            n=width, use_beam_search=True, temperature=0, max_tokens=6, length_penalty=0.5, early_stopping=stopping
+        )
+        [expected] = llm.generate(PROMPT, same, use_tqdm=False)
+        assert [o.token_ids for o in output.outputs] == [o.token_ids for o in expected.outputs]
+        scores = [o.score for o in output.outputs]
+        assert len(scores) == width
+        assert scores == sorted(scores, reverse=True)
+        for beam in output.outputs:
+            assert beam.score == pytest.approx(beam.cumulative_logprob / len(beam.token_ids) ** 0.5)
+    with pytest.raises(InvalidRequestError, match="temperature=0"):
+        BeamSearchParams(beam_width=2, max_tokens=4, temperature=0.7).as_sampling_params()
+    many = SamplingParams(n=40, use_beam_search=True, temperature=0, stop_token_ids=list(range(60)))
+    with pytest.raises(InvalidRequestError, match="too many"):
+        llm.generate(PROMPT, many)
 
 
 def test_misuse_is_refused(tiny):
