@@ -3,9 +3,9 @@
     checkpoint = checkpoints.load("smollm2-135m", dtype="bfloat16")
     checkpoint.config, checkpoint.params, checkpoint.tokenizer
 
-Reads GGUF files and Hugging Face safetensors folders of the Llama family. Needs neither PyTorch nor, for
-GGUF, the `gguf` package; never unpickles, evaluates or downloads code. It imports nothing of jpaged but
-`jpaged.models.config`.
+Reads GGUF files, Hugging Face safetensors folders and Orbax directories of the families in `checkpoints.tables`.
+Needs neither PyTorch nor, for GGUF, the `gguf` package; never unpickles, evaluates or downloads code. It imports
+nothing of jpaged but `jpaged.models.config`.
 """
 
 from checkpoints.errors import (

@@ -1,9 +1,9 @@
-"""A Hugging Face folder (config.json, *.safetensors) of the Llama family -> configuration and parameter
-tree."""
+"""A Hugging Face folder (config.json, *.safetensors) of any supported family -> configuration and parameter tree."""
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from checkpoints.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
-from checkpoints.llama import Leaf, check_tensors, leaves, read_params
+from checkpoints.leaves import Leaf, check_tensors, read_params
 from checkpoints.safetensors_reader import SafetensorsFile, StoredTensor
-from jpaged.models.config import ModelConfig, token_ids
+from checkpoints.tables import ignored_names, leaves_of, whole_names
+from jpaged.models.config import ModelConfig, config_from_hf, token_ids
 
 _INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -36,7 +37,7 @@ def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         CheckpointNotFoundError: there is no config.json.
         CorruptCheckpointError: not JSON, or not an object.
         UnsupportedCheckpointError: the weights are quantised.
-        ModelConfigError: see `ModelConfig.from_hf`.
+        ModelConfigError: see `config_from_hf`.
     """
     path = folder / "config.json"
     if not path.is_file():
@@ -46,7 +47,7 @@ def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UnsupportedCheckpointError(
             f"{folder}: quantised Hugging Face weights are not supported; load unquantised or GGUF ones"
         )
-    config = ModelConfig.from_hf(raw)
+    config = config_from_hf(raw)
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.is_file() else {}
     more = token_ids(generation.get("eos_token_id"), "generation_config.eos_token_id", config.vocab_size)
@@ -56,7 +57,7 @@ def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
 def params_from_folder(
     folder: Path, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Reads all safetensors of `folder`, tensor by tensor, into the tree of `checkpoints.llama`.
+    """Reads all safetensors of `folder`, tensor by tensor, into the tree of `checkpoints.tables`.
 
     Returns:
         Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
@@ -74,12 +75,15 @@ def params_from_folder(
             if name in where:
                 raise CorruptCheckpointError(f"{path}: tensor {name!r} is in another file of the checkpoint, too")
             where[name] = (file, tensor)
+    where = dict(zip(whole_names(config, list(where)), where.values(), strict=True))
+    wanted = list(leaves_of(config))
+    ignored = re.compile("|".join(ignored_names(config)))
     check_tensors(
         str(folder),
-        {leaf.hf: leaf.stored_shape for leaf in leaves(config)},
-        {name: tensor.shape for name, (_, tensor) in where.items() if not _redundant(name, config)},
+        {name: leaf.stored_shape for leaf in wanted for name in leaf.names},
+        {name: tensor.shape for name, (_, tensor) in where.items() if not ignored.search(name)},
     )
-    return read_params(config, dtype, lambda leaf, array: _tasks(*where[leaf.hf], leaf, array), progress)
+    return read_params(wanted, dtype, lambda leaf, array: _tasks(where, leaf, array), progress)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -132,20 +136,16 @@ def _what_else(folder: Path) -> str:
     return f"{folder}: there is no config.json in this folder; {hint}"
 
 
-def _redundant(name: str, config: ModelConfig) -> bool:
-    """Tensors that old or tied checkpoints hold and nobody needs."""
-    tied_head = config.tie_word_embeddings and name == "lm_head.weight"
-    return tied_head or name.endswith(".rotary_emb.inv_freq")
-
-
-def _tasks(file: SafetensorsFile, tensor: StoredTensor, leaf: Leaf, array: NDArray) -> Iterator[Task]:
-    """Cuts one tensor into ranges of rows of about 1 M weights."""
-    source = file.read(tensor)
-    step = max(256, (1 << 20) // (source.size // len(source)))
-    for start in range(0, len(source), step):
-        rows = slice(start, min(start + step, len(source)))
-        target = array[:, rows] if leaf.transposed else array[rows]
-        yield _task(file, tensor, source, rows, target, leaf.transposed)
+def _tasks(where: Mapping[str, tuple[SafetensorsFile, StoredTensor]], leaf: Leaf, array: NDArray) -> Iterator[Task]:
+    """Cuts one leaf into ranges of rows of about 1 M weights."""
+    for name, part in zip(leaf.names, array if leaf.spec.stacked else [array], strict=True):
+        file, tensor = where[name]
+        source = file.read(tensor)
+        step = max(256, (1 << 20) // (source.size // len(source)))
+        for start in range(0, len(source), step):
+            rows = slice(start, min(start + step, len(source)))
+            target = part[:, rows] if leaf.spec.transposed else part[rows]
+            yield _task(file, tensor, source, rows, target, leaf.spec.transposed)
 
 
 def _task(

@@ -1,4 +1,4 @@
-"""One door for every model: short name, GGUF file, Hugging Face folder or hub id -> `Checkpoint`."""
+"""One door for every model: short name, GGUF file, Hugging Face or Orbax folder, or hub id -> `Checkpoint`."""
 
 import difflib
 import importlib.util
@@ -56,8 +56,9 @@ class Checkpoint:
     """Shape and constants."""
 
     params: dict[str, Any]
-    """Flax Linen parameter tree (see `checkpoints.llama`): nested dict of C-contiguous NumPy arrays, aligned
-    to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only."""
+    """Flax Linen parameter tree (see `checkpoints.tables`): nested dict of C-contiguous NumPy arrays, aligned
+    to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only. From Orbax:
+    JAX arrays on the default device."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
     """Fast tokenizer with its chat template. None if there is none, or if it was not wanted."""
@@ -81,7 +82,8 @@ def load(
     """Loads configuration, parameters and tokenizer of a model.
 
     Args:
-        model: one of `SHORT_NAMES`, a .gguf file, a Hugging Face folder, or a hub id "org/name".
+        model: one of `SHORT_NAMES`, a .gguf file, a Hugging Face folder, an Orbax checkpoint or a folder with its
+            steps (the latest is taken), or a hub id "org/name".
         dtype: element type of all parameters: "float32", "bfloat16" or "float16".
         revision: branch, tag or commit of a hub id.
         tokenizer: folder, hub id or .gguf file of a tokenizer to use instead of the model's own.
@@ -102,7 +104,7 @@ def load(
     element_type = as_dtype(dtype)
     path = resolve(model, revision)
     with _one_family_of_errors(path):
-        opened = _open_folder(path) if path.is_dir() else _open_gguf(path)
+        opened = _open_directory(path) if path.is_dir() else _open_gguf(path)
         # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
         built = None
         if not skip_tokenizer:
@@ -152,7 +154,8 @@ def _open_gguf(path: Path) -> _Opened:
             f"{path}: not a .gguf file; for safetensors pass the folder that also holds config.json"
         )
     from checkpoints.gguf import GGUFFile
-    from checkpoints.gguf_llama import config_from_gguf, params_from_gguf
+    from checkpoints.gguf_config import config_from_gguf
+    from checkpoints.gguf_params import params_from_gguf
     from checkpoints.gguf_tokenizer import tokenizer_from_gguf
 
     file = GGUFFile(path)
@@ -163,6 +166,16 @@ def _open_gguf(path: Path) -> _Opened:
         "pad_token_id": config.pad_token_id,
     }
     return _Opened(config, generation, partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config))
+
+
+def _open_directory(path: Path) -> _Opened:
+    from checkpoints.orbax import config_folder, find_checkpoint, params_from_orbax
+
+    checkpoint = find_checkpoint(path)
+    if checkpoint is None:
+        return _open_folder(path)
+    opened = _open_folder(config_folder(checkpoint))
+    return opened._replace(params=partial(params_from_orbax, checkpoint, opened.config))
 
 
 def _open_folder(path: Path) -> _Opened:

@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from jpaged.errors import JpagedError
     from jpaged.llm import LLM
     from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
-    from jpaged.sampling_params import RequestOutputKind, SamplingParams
+    from jpaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+    from jpaged.session import Session
 
 _HOME = {
     "LLM": "jpaged.llm",
     "LLMEngine": "jpaged.engine",
     "EngineConfig": "jpaged.config",
     "SamplingParams": "jpaged.sampling_params",
+    "BeamSearchParams": "jpaged.sampling_params",
+    "Session": "jpaged.session",
     "RequestOutputKind": "jpaged.sampling_params",
     "RequestOutput": "jpaged.outputs",
     "CompletionOutput": "jpaged.outputs",
@@ -34,6 +37,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",
     "JpagedError",
@@ -42,6 +46,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "Session",
 ]
 
 __version__ = "0.1.0"

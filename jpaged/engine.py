@@ -20,10 +20,12 @@ from jpaged.runtime.state import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_SUP
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.scheduling.beams import new_search
-from jpaged.sequence import FinishReason, Sequence, SequenceGroup
+from jpaged.sequence import FinishReason, Holder, Sequence, SequenceGroup
 from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
 
+MAX_CANDIDATES = 1024
+"""Continuations that a beam search looks at in a step."""
 _SEED_MASK = (1 << 64) - 1
 
 
@@ -70,7 +72,13 @@ class LLMEngine:
     # ---------------------------------------------------------------------------------------------- requests
 
     def add_request(
-        self, request_id: str, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        holder: Holder | None = None,
     ) -> None:
         """Queues a request.
 
@@ -79,6 +87,7 @@ class LLMEngine:
           prompt: text, chat or token ids; see `jpaged.tokenization`.
           params: how to sample; None: `SamplingParams()`.
           priority: smaller is served first; needs scheduling_policy="priority".
+          holder: of a session: the request goes on with its blocks and leaves it the blocks that it has in the end.
 
         Raises:
           InvalidRequestError: it can't be served as asked. Nothing else is affected.
@@ -91,8 +100,10 @@ class LLMEngine:
             raise InvalidRequestError('priority needs an engine with scheduling_policy="priority".')
         params = SamplingParams() if params is None else params
         text, tokens, salt = encode_prompt(prompt, self.tokenizer)
-        self._check_prompt(tokens)
+        self.check_prompt(tokens)
         self._check_params(params)
+        if holder is not None and (params.num_sequences > 1 or params.use_beam_search):
+            raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
         arrival = next(self._arrivals)
         seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
         group = SequenceGroup(
@@ -113,6 +124,8 @@ class LLMEngine:
         ]
         if params.use_beam_search:
             group.beams = new_search(group)
+        if holder is not None:
+            group.sequences[0].holder = holder
         self.scheduler.add(group)
         self._groups[request_id] = group
 
@@ -211,7 +224,8 @@ class LLMEngine:
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped at an earlier error: {self._failure}") from self._failure
 
-    def _check_prompt(self, tokens: list[int]) -> None:
+    def check_prompt(self, tokens: list[int]) -> None:
+        """Raises InvalidRequestError unless the tokens can be a prompt."""
         vocab = self.model_config.vocab_size
         if not tokens:
             raise InvalidRequestError(
@@ -235,6 +249,11 @@ class LLMEngine:
         if (params.stop or params.bad_words) and self.tokenizer is None:
             raise InvalidRequestError("stop strings and bad_words need a tokenizer, and this engine has none.")
         stops = self.eos_token_ids | set(params.stop_token_ids)
+        if params.use_beam_search and params.num_sequences * (1 + len(stops)) > MAX_CANDIDATES:
+            raise InvalidRequestError(
+                f"{params.num_sequences} beams with {len(stops)} ways to end are too many: their product may be "
+                f"{MAX_CANDIDATES}. Use fewer stop_token_ids or fewer beams."
+            )
         if len(stops) > MAX_SUPPRESSED:
             raise InvalidRequestError(f"{len(stops)} stop tokens are too many; at most {MAX_SUPPRESSED}.")
         words = self._bad_words(params)

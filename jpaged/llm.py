@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 from jpaged.config import EngineConfig
 from jpaged.engine import LLMEngine
 from jpaged.errors import InvalidRequestError
-from jpaged.outputs import RequestOutput
+from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.progress import Progress
-from jpaged.sampling_params import RequestOutputKind, SamplingParams
-from jpaged.tokenization import Chat, Prompt, is_chat, render_chat
+from jpaged.sampling_params import MAX_LOGPROBS, BeamSearchParams, RequestOutputKind, SamplingParams
+from jpaged.sequence import Holder
+from jpaged.session import Session
+from jpaged.tokenization import Chat, Prompt, encode_prompt, is_chat, render_chat
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer
@@ -61,7 +63,17 @@ class LLM:
         Raises:
           InvalidRequestError: a prompt or its parameters can't be served. None of the call's prompts is run.
         """
-        many = _as_list(prompts)
+        return self._generate(_as_list(prompts), sampling_params, use_tqdm=use_tqdm, priority=priority)
+
+    def _generate(
+        self,
+        many: list[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        use_tqdm: bool = False,
+        priority: Sequence[int] | None = None,
+        holders: Sequence[Holder] | None = None,
+    ) -> list[RequestOutput]:
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or SamplingParams()] * len(many)
         if len(sampling_params) != len(many) or (priority is not None and len(priority) != len(many)):
@@ -74,7 +86,13 @@ class LLM:
                 request_id = f"llm-{self._next_id}"
                 self._next_id += 1
                 params = dataclasses.replace(params, output_kind=RequestOutputKind.FINAL_ONLY)
-                self.engine.add_request(request_id, prompt, params, priority=priority[i] if priority else 0)
+                self.engine.add_request(
+                    request_id,
+                    prompt,
+                    params,
+                    priority=priority[i] if priority else 0,
+                    holder=holders[i] if holders else None,
+                )
                 ids.append(request_id)
             return self._run(ids, use_tqdm)
         except BaseException:  # an error or Ctrl-C: nothing of this call stays behind
@@ -111,17 +129,63 @@ class LLM:
             prompts.append({"prompt": text, "prompt_token_ids": tokens})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = True
+    ) -> list[RequestOutput]:
+        """Searches for the most likely outputs of each prompt: `beam_width` of them, best first, with their scores."""
+        return self.generate(prompts, params.as_sampling_params(), use_tqdm=use_tqdm)
+
+    # ------------------------------------------------------------------------------------------------ sessions
+
+    def session(self, prompt: Prompt) -> Session:
+        """A sequence in the caller's hands; see `jpaged.session`.
+
+        Raises:
+          InvalidRequestError: the prompt can't be served.
+        """
+        _, tokens, salt = encode_prompt(prompt, self.engine.tokenizer)
+        self.engine.check_prompt(tokens)
+        return Session(self, list(tokens), salt)
+
+    def sample(
+        self, sessions: Sequence[Session], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[CompletionOutput]:
+        """Generates for several sessions at once, and lets each keep what was generated for it.
+
+        Args:
+          params: one for all, or one for each; with n=1 and no beams.
+        """
+        completions = [output.outputs[0] for output in self._run_sessions(sessions, params)]
+        for session, completion in zip(sessions, completions, strict=True):
+            session.token_ids = session.token_ids + completion.token_ids
+        return completions
+
+    def next_logprobs(self, sessions: Sequence[Session], count: int = MAX_LOGPROBS) -> list[LogprobsAt]:
+        """Of each session, the `count` (0 to 20) most likely next tokens with their log-probabilities."""
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=count, ignore_eos=True, detokenize=False)
+        outputs = self._run_sessions(sessions, params)
+        return [output.outputs[0].logprobs[0] for output in outputs]  # type: ignore[index]  # asked for
+
+    def _run_sessions(
+        self, sessions: Sequence[Session], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[RequestOutput]:
+        holders = [session.open_holder for session in sessions]
+        if len(set(map(id, holders))) < len(holders):
+            raise InvalidRequestError("a session is given twice: fork it to go on from it in two ways.")
+        prompts: list[Prompt] = [{"prompt_token_ids": s.token_ids, "cache_salt": s.cache_salt} for s in sessions]
+        return self._generate(prompts, params, holders=holders)
+
     def reset_prefix_cache(self) -> None:
         """Forgets the blocks kept from earlier requests."""
         self.engine.blocks.reset_prefix_cache()
 
     def _run(self, ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        wanted, tokens = set(ids), 0
         finished: dict[str, RequestOutput] = {}
-        tokens = 0
         with Progress("generating", total=len(ids), disable=None if use_tqdm else True) as progress:
             while len(finished) < len(ids):
                 for output in self.engine.step():
-                    if output.finished:
+                    if output.finished and output.request_id in wanted:
                         finished[output.request_id] = output
                         tokens += sum(len(o.token_ids) for o in output.outputs)
                         progress.note(f"{tokens} tokens")

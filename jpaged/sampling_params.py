@@ -96,7 +96,7 @@ class SamplingParams:
     use_beam_search: bool = False
     """Search for the most likely outputs instead of sampling (paper, section 5.2); needs temperature 0."""
     length_penalty: float = 1.0
-    """Of a beam search: hypotheses are ranked by log-probability / length ** length_penalty; [-10, 10]."""
+    """Of a beam search: hypotheses are ranked by log-probability / length ** length_penalty; [-5, 5]."""
     early_stopping: bool | Literal["never"] = False
     """Of a beam search, when as many hypotheses as beams have ended. True: stop. False: stop when no running beam is
     likely to become better. "never": when none can."""
@@ -145,7 +145,7 @@ class SamplingParams:
         self._real("temperature", 0.0, 2.0)
         self._real("top_p", 0.0, 1.0, above=True)
         self._real("min_p", 0.0, 1.0)
-        self._real("length_penalty", -10.0, 10.0)
+        self._real("length_penalty", -5.0, 5.0)
         self._integer("top_k", -1, 1 << 30)
         self._integer("min_tokens", 0, MAX_TOKENS)
         for name, low, high in (
@@ -233,6 +233,39 @@ class SamplingParams:
         if len(value) > most or not all(_is_integer(t) and t >= 0 for t in value):
             raise InvalidRequestError(f"{name} takes at most {most} token ids (integers >= 0).")
         self._set(name, tuple(int(t) for t in value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """What `LLM.beam_search` is asked for; names are vLLM's."""
+
+    beam_width: int
+    """Beams, and outputs."""
+    max_tokens: int
+    """Most tokens to generate."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-sequence token."""
+    temperature: float = 0.0
+    """Only 0: nothing is drawn, and the log-probabilities are the model's own."""
+    length_penalty: float = 1.0
+    """Hypotheses are ranked by log-probability / length ** length_penalty."""
+    early_stopping: bool | Literal["never"] = False
+    """See `SamplingParams.early_stopping`."""
+    include_stop_str_in_output: bool = False
+    """Keep the text of the token that ended an output."""
+
+    def as_sampling_params(self) -> SamplingParams:
+        """Raises InvalidRequestError as `SamplingParams` does."""
+        return SamplingParams(
+            n=self.beam_width,
+            use_beam_search=True,
+            max_tokens=self.max_tokens,
+            ignore_eos=self.ignore_eos,
+            temperature=self.temperature,
+            length_penalty=self.length_penalty,
+            early_stopping=self.early_stopping,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+        )
 
 
 def _is_integer(value) -> bool:

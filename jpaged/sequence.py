@@ -14,6 +14,7 @@ import dataclasses
 import enum
 from typing import TYPE_CHECKING, Any
 
+from jpaged.memory import Table
 from jpaged.outputs import LogprobsAt, RequestMetrics
 from jpaged.sampling_params import SamplingParams
 
@@ -38,6 +39,13 @@ class FinishReason(enum.StrEnum):
 
 
 @dataclasses.dataclass(eq=False, slots=True)
+class Holder:
+    """Keeps a sequence's blocks between its runs: a session's end of a parked table."""
+
+    table: Table | None = None
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens of a group."""
 
@@ -52,6 +60,8 @@ class Sequence:
     """Tokens that end it: the model's end-of-sequence tokens (unless ignored) and the request's own."""
     row: int = NO_ROW
     """Its place in the batch while it runs."""
+    holder: Holder | None = None
+    """Gets its blocks when it ends; None: they are released."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     logprobs: list[LogprobsAt] = dataclasses.field(default_factory=list)
@@ -64,6 +74,12 @@ class Sequence:
     @property
     def finished(self) -> bool:
         return self.finish_reason is not None
+
+    @property
+    def parked_table(self) -> Table | None:
+        """Blocks that it has before it has a row; a table that was reclaimed counts for nothing."""
+        table = None if self.holder is None else self.holder.table
+        return None if table is None or not table.num_computed else table
 
     @property
     def num_output_tokens(self) -> int:

@@ -92,6 +92,7 @@ def build(config: EngineConfig) -> Components:
             progress=progress.weights,
         )
     limits = resolve_limits(config, checkpoint.config, dtype)
+    checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(limits.max_model_len))
     params = jax.device_put(checkpoint.params)
     runner = Runner(
         build_model(checkpoint.config, dtype),

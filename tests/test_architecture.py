@@ -34,9 +34,7 @@ def imports(path: Path) -> Iterator[str]:
 
 def offenders(under: str, allowed) -> dict[str, list[str]]:
     found = {
-        str(p): sorted({name for name in imports(p) if not allowed(name)})
-        for p in FILES
-        if module_of(p).startswith(under)
+        str(p): sorted({name for name in imports(p) if not allowed(name)}) for p in FILES if inside(module_of(p), under)
     }
     assert found, f"nothing lies under {under}"
     return {path: names for path, names in found.items() if names}

@@ -20,7 +20,7 @@ REALS = {  # field: (accepted, refused)
     "temperature": ([0, 1, 2, 0.7], [-0.001, 2.001]),
     "top_p": ([0.001, 1], [0, -0.1, 1.001]),
     "min_p": ([0, 0.5, 1], [-0.001, 1.001]),
-    "length_penalty": ([1], [-10.001, 10.001]),
+    "length_penalty": ([1], [-5.001, 5.001]),
 }
 INTEGERS = {
     "n": ([1, 64], [0, -1, 65]),
@@ -203,7 +203,7 @@ def test_groups():
     assert SamplingParams(n=3).num_sequences == 3
     drawn = SamplingParams(n=2, best_of=5)
     assert (drawn.num_sequences, drawn.ranks_samples) == (5, True)
-    searched = SamplingParams(n=2, best_of=5, length_penalty=-10, early_stopping="never", **BEAMS)
+    searched = SamplingParams(n=2, best_of=5, length_penalty=-5, early_stopping="never", **BEAMS)
     assert (searched.num_sequences, searched.ranks_samples) == (5, False)
     assert SamplingParams(early_stopping=True, **BEAMS).num_sequences == 1
 

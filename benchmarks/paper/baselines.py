@@ -190,7 +190,7 @@ class FasterTransformerScheduler(OrcaScheduler):
     def _form_batch(self) -> None:
         self._members, self._output = set(), 0
         count = prompt = 0
-        for group in self.roster.waiting():
+        for group in self.roster.waiting:
             count += len(group.unfinished)
             prompt, output = max(prompt, len(group.prompt_token_ids)), max(self._output, _output_of(group))
             too_much = count > self.max_batch or prompt + output > self.max_tokens

@@ -39,6 +39,8 @@ def write(names: list[str], store: Store, quick: bool, output: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters: small files
+    matplotlib.rcParams["svg.hashsalt"] = "jpaged"  # equal results, equal files
     from matplotlib import pyplot
 
     rows = [row for name in names for row in FIGURES[name].rows(store, quick)]

@@ -4,11 +4,13 @@ import contextlib
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro import conf
 
 from jpaged.cli.flags import NOT_FLAGS, Switch, build, flags_of
+from jpaged.cli.memory import MemoryPicture, check_replay_path, memory_picture
 from jpaged.cli.session import CompileReport, compile_decode_steps, open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
@@ -58,6 +60,10 @@ class Generate:
     """A system message in front of every prompt."""
     json: Switch = False
     """Write one JSON object a prompt, each on a line of its own."""
+    show_memory: Switch = False
+    """Draw the KV cache's blocks while it runs, coloured by the prompt that holds them (on a terminal)."""
+    memory_replay: Annotated[Path | None, conf.arg(metavar="FILE.html")] = None
+    """Write a page that replays the KV cache step by step in a browser."""
     engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
     """The engine's arguments."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)  # type: ignore[valid-type]
@@ -67,6 +73,7 @@ class Generate:
         prompts = list(self.prompt) or _prompts_from_stdin()
         if self.raw and self.system is not None:
             raise InvalidRequestError("--system is part of the chat template, which --raw leaves out.")
+        check_replay_path(self.memory_replay)
         kind = RequestOutputKind.FINAL_ONLY if self.json else RequestOutputKind.DELTA
         params = build(SamplingParams, self.sampling, output_kind=kind)
         wanted: Any = self.engine
@@ -85,7 +92,8 @@ class Generate:
         if len(prompts) * params.n > 1:
             compile_decode_steps(engine, params)
         writer = _JsonWriter(prompts) if self.json else _TextWriter(prompts, params.n)
-        _answer(engine, writer, status, report)
+        with memory_picture(engine, status, show=self.show_memory, replay=self.memory_replay) as picture:
+            _answer(engine, writer, status, report, picture)
         return 0
 
     def _as_chat(self, prompt: str, engine: "LLMEngine") -> Prompt:
@@ -107,7 +115,13 @@ def _prompts_from_stdin() -> list[str]:
     return prompts
 
 
-def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: Status, report: CompileReport) -> None:
+def _answer(
+    engine: "LLMEngine",
+    writer: "_TextWriter | _JsonWriter",
+    status: Status,
+    report: CompileReport,
+    picture: MemoryPicture | None,
+) -> None:
     """Runs the engine until all is written."""
     progress = None
     with contextlib.ExitStack() as stack:
@@ -117,8 +131,10 @@ def _answer(engine: "LLMEngine", writer: "_TextWriter | _JsonWriter", status: St
                 report.settle()
                 status.muted = True  # from here on a report would come in between the answers
                 # On a terminal the answers themselves are the progress.
-                hidden = sys.stdout.isatty() or None
+                hidden = sys.stdout.isatty() or (picture is not None and picture.on_terminal) or None
                 progress = stack.enter_context(Progress("generating", writer.num_prompts, disable=hidden))
+            if picture is not None:
+                picture.after_step(draw=progress is not None)
             for output in outputs:
                 writer.take(output)
                 if progress is not None and output.finished:

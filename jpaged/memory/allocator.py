@@ -58,6 +58,10 @@ class BlockAllocator:
     def num_cached(self) -> int:
         return len(self._cached)
 
+    def cached_blocks(self) -> tuple[int, ...]:
+        """The cached blocks, the next to be evicted first."""
+        return tuple(self._cached)
+
     def is_writable(self, block: int) -> bool:
         """Whether its one holder may write to it: nobody else refers to it, and nobody will find it by its content."""
         return self.refs[block] == 1 and block not in self._kept

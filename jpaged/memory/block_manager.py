@@ -34,6 +34,8 @@ class Table:
     """Tokens whose K and V the blocks hold."""
     root: bytes
     digests: list[bytes]
+    pinned: bool = False
+    """Never reclaimed."""
 
 
 class Writes(NamedTuple):
@@ -242,7 +244,9 @@ class BlockManager:
             digests.append(digest)
 
     def reset_prefix_cache(self) -> None:
-        """Forgets all cached content; blocks in use stay in use."""
+        """Forgets all cached content, parked tables included; blocks in use stay in use."""
+        for table in list(self._parked):
+            self.release_parked(table)
         if self.cache is not None:
             self.cache.clear()
             self.allocator.forget_all()
@@ -258,10 +262,34 @@ class BlockManager:
         self._parked[table] = None
         return table
 
+    def try_unpark(
+        self, table: Table, row: int, num_tokens: int, reserve: int = 0
+    ) -> tuple[int, list[tuple[int, int]]] | None:
+        """Gives a row a parked table, and the blocks that `num_tokens` tokens need besides.
+
+        The last token is computed again if it was computed, for its logits.
+
+        Returns: (tokens that need not be computed, (source, destination) blocks to be copied), or None (and nothing
+        changed) if blocks are short.
+        """
+        start = min(table.num_computed, num_tokens - 1)
+        index, count = start // self.block_size, len(table.blocks)
+        shared = index < count and self.allocator.refs[table.blocks[index]] > 1
+        new = self.blocks_for(num_tokens) - count
+        if new + shared + reserve > self.num_free:
+            return None
+        del self._parked[table]
+        blocks = [*table.blocks.tolist(), *self.allocator.allocate(new)]
+        self.lay(row, blocks, table.root, table.digests)
+        copy = self._own(row, index) if shared else None
+        if len(table.digests) <= index < count and not self.allocator.is_writable(self.tables[row, index]):
+            self.allocator.forget(int(self.tables[row, index]))  # it was full once: what comes now is something else
+        return start, [copy] if copy else []
+
     def fork_parked(self, table: Table) -> Table:
         """Another table over the same blocks."""
         self.allocator.acquire(table.blocks)
-        copy = dataclasses.replace(table, blocks=table.blocks.copy(), digests=table.digests.copy())
+        copy = dataclasses.replace(table, digests=table.digests.copy(), pinned=False)
         self._parked[copy] = None
         return copy
 
@@ -278,12 +306,23 @@ class BlockManager:
             self.truncate_parked(table, 0)
             del self._parked[table]
 
+    @property
+    def parked(self) -> list[Table]:
+        """The longest parked first."""
+        return list(self._parked)
+
     def reclaim(self, wanted: int) -> None:
-        """Releases parked tables, the longest parked first, until `wanted` blocks are free or none is left."""
+        """Releases parked tables, the longest parked first, until `wanted` blocks are free or all left are pinned."""
         for table in list(self._parked):
             if self.num_free >= wanted:
                 break
-            self.release_parked(table)
+            if not table.pinned:
+                self.release_parked(table)
+
+    @property
+    def num_pinned(self) -> int:
+        """Blocks that pinned tables keep from everybody else."""
+        return len({block for table in self._parked if table.pinned for block in table.blocks.tolist()})
 
     def check_invariants(self) -> None:
         """Raises RuntimeError if blocks and tables do not add up (DESIGN, contract 6)."""

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import jax
 
+from pallas_kernels.paged_attention import SharedPrefixes
+
 
 class PagedLayout(NamedTuple):
     """The memory side of one paged forward pass over T = R + P * C tokens.
@@ -20,6 +22,8 @@ class PagedLayout(NamedTuple):
     prefill_tables: jax.Array  # int32 [P, W]
     prefill_starts: jax.Array  # int32 [P]: position of the tile's first token
     prefill_lengths: jax.Array  # int32 [P]: real tokens of the tile; 0 for padding
+    decode_shared: SharedPrefixes | None = None
+    """Which rows of the decode lane begin with the same blocks."""
 
     @property
     def num_decodes(self) -> int:

@@ -18,7 +18,7 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
     Returns: (float32 [rotary_dim / 2], attention factor).
 
     Raises:
-      UnsupportedModelError: a variant whose frequencies depend on the length of the text.
+      UnsupportedModelError: a variant that has no formula here.
     """
     dim = rope.rotary_dim(head_dim)
     base = 1.0 / rope.theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -31,8 +31,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> tuple[np.ndarray, fl
             frequencies, attention = _llama3(rope, base), 1.0
         case "yarn":
             frequencies, attention = _yarn(rope, base, dim)
-        case "longrope" if rope.short_factor == rope.long_factor:  # then nothing depends on the text's length
-            frequencies, attention = base / np.array(rope.short_factor), rope.attention_factor or 1.0
+        case "longrope":
+            frequencies, attention = _longrope(rope, base)
         case other:
             raise UnsupportedModelError(f"rope_type {other!r} is not supported by this model.")
     return frequencies.astype(np.float32), attention
@@ -80,9 +80,18 @@ def _yarn(rope: RopeConfig, base: np.ndarray, dim: int) -> tuple[np.ndarray, flo
     return frequencies, attention
 
 
+def _longrope(rope: RopeConfig, base: np.ndarray) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753), with the factors for long texts; see `ModelConfig.for_length` for short ones."""
+    factor, original = _given(rope.factor), _given(rope.original_max_position_embeddings)
+    divisors = np.array(rope.long_factor if factor > 1 else rope.short_factor)
+    if rope.attention_factor is not None:
+        return base / divisors, rope.attention_factor
+    return base / divisors, math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
 def max_trained_length(config: ModelConfig) -> int:
     """Longest sequence that the frequencies are right for."""
-    if config.rope.rope_type == "dynamic":
+    if config.rope is not None and config.rope.rope_type == "dynamic":
         return min(config.max_position_embeddings, int(_given(config.rope.original_max_position_embeddings)))
     return config.max_position_embeddings
 

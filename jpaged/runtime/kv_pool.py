@@ -27,14 +27,8 @@ class KVPoolSpec:
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int) -> "KVPoolSpec":
-        return cls(
-            config.num_hidden_layers,
-            num_blocks,
-            block_size,
-            config.num_key_value_heads,
-            config.head_dim,
-            jnp.dtype(dtype),
-        )
+        heads, width = config.cache_shape
+        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype))
 
     @property
     def layer_shape(self) -> tuple[int, ...]:

@@ -20,6 +20,7 @@ from jpaged.models.layout import PagedLayout
 from jpaged.runtime.sampler import logprobs
 from jpaged.scheduling.plan import Bucket, split_packed
 from pallas_kernels.block_copy import copy_blocks
+from pallas_kernels.paged_attention import SharedPrefixes
 
 
 class Forward(NamedTuple):
@@ -56,10 +57,10 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
     num_decodes = bucket.decode_rows
 
     def forward(params, pool, tables: jax.Array, tokens: jax.Array, packed: jax.Array):
-        decode_lane, prefill_lane, results = split_packed(packed, bucket)
+        decode_lane, prefill_lane, results, num_copies, pieces = split_packed(packed, bucket)
         plan = _Plan(*decode_lane, *prefill_lane, *results)
         null_row = tokens.shape[0] - 1
-        pool = copy_blocks(pool, plan.copy_sources, plan.copy_destinations, packed[-1])
+        pool = copy_blocks(pool, plan.copy_sources, plan.copy_destinations, num_copies[0])
         tables = _enter_blocks(tables, plan, block_size)
         offsets = jnp.arange(tile_size)
         real = offsets < plan.tile_lengths[:, None]  # [P, C]
@@ -76,6 +77,7 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
             prefill_tables=tables[plan.tile_rows],
             prefill_starts=plan.tile_starts,
             prefill_lengths=plan.tile_lengths,
+            decode_shared=SharedPrefixes(pieces[:, :-1], pieces[:, -1] * block_size) if len(pieces) else None,
         )
         variables = {"params": params}
         hidden, pool = model.apply(variables, tokens[rows, positions], positions, pool, layout)

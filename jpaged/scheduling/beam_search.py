@@ -9,8 +9,9 @@ because hypotheses are paths in a tree of parent pointers:
                    <- eos          finished
 
 Equal to Hugging Face's `GenerationMixin._beam_search` (transformers 5) for one prompt, scores in float32 included.
-There, -1e9 stands for minus infinity. Only where real scores fall below it (length_penalty under about -5) do the two
-differ: Hugging Face then stops early and returns unfinished fragments. The paper: arXiv 2309.06180, section 4.4.
+There, -1e9 stands for minus infinity. Only where real scores fall below it (sum * length ** -length_penalty, for a
+strongly negative penalty) do the two differ: Hugging Face then stops early and returns unfinished fragments.
+The paper: arXiv 2309.06180, section 4.4.
 """
 
 import dataclasses

@@ -8,6 +8,7 @@ from jpaged.memory import Swapped
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile, Variant, logprob_width, smallest_bucket
 from jpaged.scheduling.roster import Roster
+from jpaged.scheduling.sharing import Piece
 from jpaged.sequence import Sequence, SequenceGroup
 
 
@@ -27,14 +28,15 @@ class Draft:
     rows: np.ndarray = dataclasses.field(default_factory=_none)
     new_blocks: np.ndarray = dataclasses.field(default_factory=_none)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    shared: list[Piece] = dataclasses.field(default_factory=list)
     tiles: list[Tile] = dataclasses.field(default_factory=list)
     forked: dict[int, list[Sequence]] = dataclasses.field(default_factory=dict)
     """Number of a tile -> the sequences that draw their next token after it, besides the tile's own."""
 
     @property
     def empty(self) -> bool:
-        """Whether the device has nothing to do: nothing to compute, and nothing to move."""
-        return not (len(self.rows) or self.tiles or self.swaps_out or self.swaps_in)
+        """Whether the device has nothing to do: nothing to compute, to move, or to learn."""
+        return not (len(self.rows) or self.tiles or self.swaps_out or self.swaps_in or self.admitted)
 
     def finish(self, batch: Batch, roster: Roster, buckets: tuple[Bucket, ...], tile_size: int) -> StepPlan:
         """Makes the plan, and moves the decode lane's rows one position on."""
@@ -66,6 +68,7 @@ class Draft:
             new_blocks=self.new_blocks,
             tiles=self.tiles,
             sampling=sampling,
+            shared=self.shared,
             result_rows=np.array([s.row for s in sampling], np.int32),
             result_tokens=result_tokens,
             beams=_beams(sampling, roster) if variant.num_beam_candidates else [],

@@ -10,19 +10,22 @@ the logits after one of its tokens: a group's samples all draw their first token
 Packed into one int32 array for the device (N = D + P):
 
     rows[D] | positions[D] | new_blocks[D] || tile rows[P] | tile starts[P] | tile lengths[P] ||
-    result rows[N] | result tokens[N] | copy sources[N] | copy destinations[N] || number of copies
+    result rows[N] | result tokens[N] | copy sources[N] | copy destinations[N] || number of copies ||
+    shared pieces[G]: members [S], blocks
 
 Everything that a step does besides computing stands in the plan too, in the order in which it is done
 (DESIGN, contract 5): blocks swapped out, swapped in, rows edited and admitted, blocks copied on write.
 """
 
 import dataclasses
+import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from jpaged.memory import Swapped
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
+from jpaged.scheduling.sharing import MEMBERS, Piece
 from jpaged.sequence import Sequence, SequenceGroup
 
 LOGPROB_WIDTHS = (0, 5, MAX_LOGPROBS)
@@ -37,7 +40,13 @@ class Bucket(NamedTuple):
 
     @property
     def packed_size(self) -> int:
-        return 3 * self.decode_rows + 3 * self.prefill_tiles + 4 * self.num_results + 1
+        lanes = 3 * self.decode_rows + 3 * self.prefill_tiles
+        return lanes + 4 * self.num_results + 1 + self.num_pieces * (MEMBERS + 1)
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of the decode lane whose shared blocks are read together, at most."""
+        return self.decode_rows // 4
 
     @property
     def num_results(self) -> int:
@@ -143,6 +152,8 @@ class StepPlan:
     """The sequences that get a token from this step; result i is that of sampling[i]."""
     result_rows: np.ndarray  # int32 [n]
     result_tokens: np.ndarray  # int32 [n]: after which of the step's tokens each is sampled
+    shared: list[Piece]
+    """Rows of the decode lane that begin with the same blocks."""
     beams: list[tuple[SequenceGroup, list[int]]]
     """Groups whose beams take a step, and which results are their beams', by rank."""
 
@@ -154,7 +165,7 @@ class StepPlan:
     def pack(self, null_row: int) -> np.ndarray:
         """The integers of the plan, int32 [bucket.packed_size]; padding points to `null_row`."""
         packed = np.zeros(self.bucket.packed_size, np.int32)
-        decode, prefill, results = split_packed(packed, self.bucket)
+        decode, prefill, results, num_copies, pieces = split_packed(packed, self.bucket)
         count = len(self.rows)
         decode[0, :count] = self.rows
         decode[0, count:] = null_row
@@ -170,15 +181,28 @@ class StepPlan:
         results[1, :count] = self.result_tokens
         if self.copies:
             results[2:, : len(self.copies)] = np.array(self.copies, np.int32).T
-            packed[-1] = len(self.copies)
+            num_copies[:] = len(self.copies)
+        for piece, (members, num_blocks) in zip(pieces, self.shared, strict=False):  # those that save most come first
+            piece[: len(members)] = members
+            piece[len(members) : -1] = -1
+            piece[-1] = num_blocks
         return packed
 
 
 def split_packed(packed, bucket: Bucket):
-    """(decode lane [3, D], prefill lane [3, P], results and copies [4, N]) of a packed plan, NumPy's or JAX's."""
-    first = 3 * bucket.decode_rows
-    second = first + 3 * bucket.prefill_tiles
-    return packed[:first].reshape(3, -1), packed[first:second].reshape(3, -1), packed[second:-1].reshape(4, -1)
+    """The parts of a packed plan, NumPy's or JAX's.
+
+    Returns: decode lane [3, D], prefill lane [3, P], results and copies [4, N], number of copies [1], pieces [G, S+1].
+    """
+    sizes = (3 * bucket.decode_rows, 3 * bucket.prefill_tiles, 4 * bucket.num_results, 1)
+    a, b, c, d = itertools.accumulate(sizes)
+    return (
+        packed[:a].reshape(3, -1),
+        packed[a:b].reshape(3, -1),
+        packed[b:c].reshape(4, -1),
+        packed[c:d],
+        packed[d:].reshape(bucket.num_pieces, MEMBERS + 1),
+    )
 
 
 def smallest_bucket(buckets: tuple[Bucket, ...], decode_rows: int, tiles: int, results: int) -> Bucket:

@@ -23,6 +23,10 @@ class Roster:
     def __bool__(self) -> bool:
         return bool(self.num_waiting or self.running or self.swapped)
 
+    @property
+    def unfinished(self) -> list[SequenceGroup]:
+        return [*self.running, *self.swapped, *self.waiting]
+
     def wait(self, group: SequenceGroup) -> None:
         group.status = Status.WAITING
         heapq.heappush(self._waiting, (group.order, group))
@@ -33,9 +37,11 @@ class Roster:
             heapq.heappop(self._waiting)
         return self._waiting[0][1] if self._waiting else None
 
+    @property
     def waiting(self) -> list[SequenceGroup]:
-        """Those that wait, in order."""
-        return [group for _, group in sorted(self._waiting) if group.status is Status.WAITING]
+        """The next to be admitted first."""
+        waiting = {group for _, group in self._waiting if group.status is Status.WAITING}  # some stand there twice
+        return sorted(waiting, key=lambda group: group.order)
 
     def next_swapped(self) -> SequenceGroup:
         return min(self.swapped, key=lambda group: group.order)

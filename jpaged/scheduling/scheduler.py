@@ -24,12 +24,14 @@ from typing import Literal
 import numpy as np
 
 from jpaged.errors import InvalidRequestError
-from jpaged.memory import BlockManager, SwapSpace
+from jpaged.memory import BlockManager, SwapSpace, Table
 from jpaged.scheduling import beams
+from jpaged.scheduling.admission import Admission
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.draft import Draft
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile
 from jpaged.scheduling.roster import Roster
+from jpaged.scheduling.sharing import SharingFinder
 from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup, Status
 
 PreemptionMode = Literal["auto", "swap", "recompute"]
@@ -74,9 +76,9 @@ class Scheduler:
         self.num_swaps_out = 0  # groups
         self.num_swaps_in = 0
         self.tokens_lost = 0  # computed tokens that preemptions threw away
-        self._catching_up: list[Sequence] = []  # running sequences with prefill work left, by order
-        self._followers: dict[Sequence, list[Sequence]] = {}  # of a leader that is catching up
+        self._admission = Admission(blocks, self.batch)
         self._edits = Edits()  # decided by the last commit
+        self.sharing = SharingFinder(blocks)
 
     @property
     def has_work(self) -> bool:
@@ -113,22 +115,45 @@ class Scheduler:
                 f"{count} sequences (n, best_of or beams) do not fit into max_num_seqs={len(self.batch.by_row)}: "
                 "ask for fewer or raise max_num_seqs."
             )
-        shared = len(group.prompt_token_ids) // blocks.block_size if count > 1 else 0
-        need = shared + sum(blocks.blocks_for(s.max_length - 1) - shared for s in group.sequences)
-        if need > blocks.allocator.num_usable:
+        need = self._most_blocks(group)
+        if need > (usable := blocks.allocator.num_usable - blocks.num_pinned):
             raise InvalidRequestError(
                 f"the request may need {need} blocks of {blocks.block_size} tokens and the whole pool has "
-                f"{blocks.allocator.num_usable}: lower max_tokens, n or the number of beams, shorten the prompt, or "
+                f"{usable}: lower max_tokens, n or the number of beams, shorten the prompt, or "
                 "give the pool more memory (kv_cache_memory_bytes, num_gpu_blocks_override)."
             )
         self.roster.wait(group)
+
+    def _most_blocks(self, group: SequenceGroup) -> int:
+        """Blocks that a group needs at its longest: only the full blocks of its prompt are certain to be shared."""
+        size, sequences = self.blocks.block_size, group.unfinished
+        shared = len(group.prompt_token_ids) // size if len(sequences) > 1 else 0
+        return shared + sum(self.blocks.blocks_for(s.max_length - 1) - shared for s in sequences)
+
+    def pin(self, table: Table) -> None:
+        """Pins the full blocks of a parked table: they are never reclaimed.
+
+        Raises:
+          InvalidRequestError: a request that waits or runs might then never fit.
+        """
+        blocks = self.blocks
+        blocks.truncate_parked(table, table.num_computed // blocks.block_size * blocks.block_size)
+        table.pinned = True
+        left = blocks.allocator.num_usable - blocks.num_pinned
+        need = max((self._most_blocks(group) for group in self.roster.unfinished), default=1)
+        if need > left:
+            table.pinned = False
+            raise InvalidRequestError(
+                f"with these blocks pinned, {left} of the pool are left, and a request may need {need}: pin less, or "
+                "give the pool more memory (kv_cache_memory_bytes, num_gpu_blocks_override)."
+            )
 
     def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a sequence, in whatever state it is; its blocks are free for the next step."""
         if sequence.finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        self._vacate(sequence)
+        self._vacate(sequence, park=True)
         group = sequence.group
         if not group.unfinished:
             self._close(group)
@@ -141,7 +166,7 @@ class Scheduler:
     def _end(self, group: SequenceGroup) -> list[Sequence]:
         """Ends a group; its sequences keep what they have, those of a beam search the best there is."""
         for sequence in group.unfinished:
-            self._vacate(sequence)
+            self._vacate(sequence, park=True)
         if group.beams is not None:
             beams.write_best(group)
         for sequence in group.unfinished:
@@ -162,12 +187,12 @@ class Scheduler:
         self._edits = Edits()
         self._swap_in(draft)
         self._schedule_decodes(draft)
-        budget = min(self.max_tiles, (self.max_num_batched_tokens - len(draft.rows)) // self.tile_size)
-        self._schedule_chunks(draft, budget)
+        self._schedule_chunks(draft)
         if not draft.preempted and not self.roster.swapped:
-            self._admit(draft, budget)
+            self._admit(draft)
         if draft.empty:
             return None
+        draft.shared = self.sharing.find(draft.rows, self.batch.position[draft.rows])
         return draft.finish(self.batch, self.roster, self.buckets, self.tile_size)
 
     def _schedule_decodes(self, draft: Draft) -> None:
@@ -183,14 +208,14 @@ class Scheduler:
         draft.rows = rows
         draft.new_blocks, draft.copies = self.blocks.make_writable(writes)
 
-    def _schedule_chunks(self, draft: Draft, budget: int) -> None:
+    def _schedule_chunks(self, draft: Draft) -> None:
         """Cuts the work of sequences that are behind into tiles, oldest first, until the budget is spent."""
-        done = 0
-        for sequence in self._catching_up:
+        done, catching_up = 0, self._admission.catching_up
+        for sequence in catching_up:
             row = sequence.row
             start, target = int(self.batch.position[row]), int(self.batch.target[row])
             samples = target == len(sequence.tokens)
-            while start < target and len(draft.tiles) < budget:
+            while start < target and self._tiles_left(draft) > 0:
                 length = min(self.tile_size, target - start)
                 draft.tiles.append(Tile(sequence, row, start, length, samples and start + length == target))
                 start += length
@@ -198,78 +223,27 @@ class Scheduler:
             self.blocks.seal(row, sequence.tokens, start)
             if start < target:
                 break
-            self._caught_up(sequence, draft)
+            self._admission.caught_up(sequence, draft)
             done += 1
-        del self._catching_up[:done]
+        del catching_up[:done]
 
-    def _caught_up(self, leader: Sequence, draft: Draft) -> None:
-        """The leader's last tile is planned: those who follow it fork, and beams that have waited for it go on."""
-        forked = self._followers.pop(leader, [])
-        for sequence in forked:
-            self.blocks.fork(leader.row, sequence.row)
-            position = int(self.batch.position[leader.row])
-            self.batch.start(sequence, position, position)
-            draft.admitted.append(sequence)
-        if forked:
-            draft.forked[len(draft.tiles) - 1] = forked
-        if leader.group.beams is not None:
-            self._release_beams(leader.group)
-
-    def _release_beams(self, group: SequenceGroup) -> None:
-        """Beams advance together: none decodes before all have caught up."""
-        batch, rows = self.batch, [s.row for s in group.sequences]
-        if (batch.position[rows] >= batch.target[rows]).all():
-            batch.end[rows] = group.sequences[0].max_length - 1
-
-    def _admit(self, draft: Draft, budget: int) -> None:
+    def _admit(self, draft: Draft) -> None:
         """Starts waiting groups, in order, while rows, blocks and tiles last; stops at the first that must wait."""
-        while len(draft.tiles) < budget and (group := self.roster.next_waiting()) is not None:
-            if len(group.unfinished) > self.batch.num_free or not self._open(group):
+        while self._tiles_left(draft) > 0 and (group := self.roster.next_waiting()) is not None:
+            # Whoever forks will soon write to a block of its own. A group that would be alone may use the last block.
+            reserve = self.blocks.watermark_blocks + len(group.unfinished) - 1 if self.running else 0
+            if not self._admission.try_admit(group, draft, reserve=reserve):
                 break
             self.roster.run(group)
             if group.metrics.first_scheduled_time is None:
                 group.metrics.first_scheduled_time = time.monotonic()
-            draft.admitted += [s for s in group.unfinished if self.blocks.counts[s.row]]
-            self._schedule_chunks(draft, budget)
+            self._schedule_chunks(draft)
+            self._admission.decode_at_once(group, draft, self._tiles_left(draft) * self.tile_size)
 
-    def _open(self, group: SequenceGroup) -> bool:
-        """Gives all sequences of a group rows, and those that lead blocks; or nothing at all."""
-        leaders: dict[tuple[int, ...] | None, list[Sequence]] = {}
-        for sequence in group.unfinished:
-            leaders.setdefault(tuple(sequence.tokens), []).append(sequence)
-        heads = [sequences[0] for sequences in leaders.values()]
-        followers = len(group.unfinished) - len(heads)
-        # Whoever forks will soon write to a block of its own. A group that would be alone may use the last block.
-        reserve = self.blocks.watermark_blocks + followers if self.running else 0
-        use_cache = group.params.prompt_logprobs is None
-        self.batch.seat(group.unfinished)
-        tokens = [s.tokens for s in heads]
-        opened = self._try_open([s.row for s in heads], tokens, group.cache_salt, use_cache, reserve)
-        if opened is None:
-            for sequence in reversed(group.unfinished):
-                self.batch.vacate(sequence)
-            return False
-        apart = group.beams is not None and len(heads) > 1  # they go on together, each from its own last token
-        for sequence, cached in zip(heads, opened, strict=True):
-            target = len(sequence.tokens) - 1 if apart else len(sequence.tokens)
-            self.batch.start(sequence, cached, target, held=apart)
-            if cached < target:
-                self._catching_up.append(sequence)
-            if sequence.num_output_tokens == 0:
-                group.num_cached_tokens = cached
-        self._followers |= {s[0]: s[1:] for s in leaders.values() if len(s) > 1}
-        if apart:
-            self._release_beams(group)
-        return True
-
-    def _try_open(self, rows, tokens, salt: str, use_cache: bool, reserve: int) -> list[int] | None:
-        """`BlockManager.try_open`, and again after parked tables have been reclaimed."""
-        for _ in range(2):
-            opened = self.blocks.try_open(rows, tokens, salt=salt, use_cache=use_cache, reserve=reserve)
-            if opened is not None:
-                return opened
-            self.blocks.reclaim(sum(self.blocks.blocks_for(len(t)) for t in tokens) + reserve)
-        return None
+    def _tiles_left(self, draft: Draft) -> int:
+        """Tiles that the step still has room for."""
+        most = (self.max_num_batched_tokens - len(draft.rows)) // self.tile_size
+        return min(self.max_tiles, most) - len(draft.tiles)
 
     # ------------------------------------------------------------------------------------------------ commit
 
@@ -379,11 +353,14 @@ class Scheduler:
             draft.admitted += sequences
             self.roster.run(group)
 
-    def _vacate(self, sequence: Sequence) -> None:
+    def _vacate(self, sequence: Sequence, *, park: bool = False) -> None:
+        """Takes a sequence's row and blocks; the blocks of one that a session holds are parked, if it may keep them."""
         if sequence.row == NO_ROW:
             return
-        self.blocks.close(sequence.row)
+        if park and sequence.holder is not None:
+            computed = min(int(self.batch.position[sequence.row]), len(sequence.tokens))
+            sequence.holder.table = self.blocks.park(sequence.row, computed)
+        else:
+            self.blocks.close(sequence.row)
         self.batch.vacate(sequence)
-        self._followers.pop(sequence, None)
-        if sequence in self._catching_up:
-            self._catching_up.remove(sequence)
+        self._admission.forget(sequence)

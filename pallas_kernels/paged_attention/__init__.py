@@ -6,5 +6,14 @@ from pallas_kernels.paged_attention.api import (
     pool_shape,
     write_kv,
 )
+from pallas_kernels.paged_attention.quantized import QuantizedKV
+from pallas_kernels.paged_attention.shared import SharedPrefixes
 
-__all__ = ["paged_decode_attention", "paged_prefill_attention", "pool_shape", "write_kv"]
+__all__ = [
+    "QuantizedKV",
+    "SharedPrefixes",
+    "paged_decode_attention",
+    "paged_prefill_attention",
+    "pool_shape",
+    "write_kv",
+]

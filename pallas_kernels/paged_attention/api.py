@@ -2,12 +2,22 @@
 
 A layer's pool is one array [num_blocks, 2, Hkv, block_size, D]: a block holds `block_size` tokens, its keys at [:, 0]
 and its values at [:, 1], so that copying or swapping a block moves one contiguous run. Block 0 is the null block:
-padding writes there, and nothing that matters reads it.
+padding writes there, and nothing that matters reads it. A quantised pool is a `QuantizedKV`, which has the same shape
+and scales beside it.
+
+Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs from capability 8.0 on. Left alone, the fastest that
+supports the dtype and the shape runs; `implementation=` or the environment's JPAGED_ATTENTION choose another.
 """
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
-from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention import dispatch, triton, xla
+from pallas_kernels.paged_attention.quantized import KV
+from pallas_kernels.paged_attention.shared import SharedPrefixes
 
 
 def pool_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
@@ -15,12 +25,12 @@ def pool_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: in
     return (num_blocks, 2, num_kv_heads, block_size, head_dim)
 
 
-def write_kv(kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pool:
     """Writes the keys and values of T tokens to their slots.
 
     Args:
       kv: [num_blocks, 2, Hkv, block_size, D]; updated in place where it is donated.
-      k, v: [T, Hkv, D].
+      k, v: [T, Hkv, D]; quantised on the way into a quantised pool.
       slots: int32 [T]: block * block_size + offset. Slots may repeat in the null block only.
 
     Returns: the layer's pool.
@@ -30,14 +40,19 @@ def write_kv(kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax
 
 def paged_decode_attention(
     q: jax.Array,
-    kv: jax.Array,
+    kv: KV,
     block_tables: jax.Array,
     lengths: jax.Array,
     *,
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
-) -> jax.Array:
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    split_tokens: int | None = None,
+    shared: SharedPrefixes | None = None,
+    implementation: str | None = None,
+) -> Any:
     """Attention of one query per row over the row's cached tokens (paper, section 4.1).
 
     Args:
@@ -48,17 +63,34 @@ def paged_decode_attention(
       scale: factor on the scores, usually D ** -0.5.
       sliding_window: attend to the last so many tokens only.
       logit_soft_cap: scores become cap * tanh(score / cap).
+      sinks: [Hq]: a learned score for each head that takes its share of the softmax and has no value.
+      return_lse: also return the log of the sum of the exponentials, by which partial results are merged.
+      split_tokens: cut rows into splits of so many tokens, whatever the batch is: the result of a row is then bitwise
+        the same in any batch. None: cut the rows so that the batch keeps the GPU busy. Without meaning for "xla".
+      shared: rows that begin with the same blocks: these are read once for all of them, and what follows is merged by
+        the online softmax. Changes the speed and nothing else.
+      implementation: "auto", "xla" or "triton"; None: the environment's JPAGED_ATTENTION, else "auto".
 
-    Returns: [R, Hq, D], q's dtype. Sums are float32.
+    Returns: [R, Hq, D], q's dtype, and with return_lse float32 [R, Hq], -inf for padding. Sums are float32.
+
+    Raises:
+      ValueError: the implementation asked for is unknown or does not support these arguments.
+      NotImplementedError: when differentiated.
     """
-    return xla.paged_decode_attention(
-        q, kv, block_tables, lengths, scale=scale, sliding_window=sliding_window, logit_soft_cap=logit_soft_cap
+    attend = functools.partial(
+        _implementation(implementation, "paged_decode_attention", q, kv),
+        scale=scale,
+        sliding_window=sliding_window,
+        logit_soft_cap=logit_soft_cap,
+        return_lse=return_lse,
+        split_tokens=split_tokens,
     )
+    return _not_differentiable(attend)(q, kv, block_tables, lengths, {"sinks": sinks, "shared": shared})
 
 
 def paged_prefill_attention(
     q: jax.Array,
-    kv: jax.Array,
+    kv: KV,
     block_tables: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
@@ -66,7 +98,10 @@ def paged_prefill_attention(
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
-) -> jax.Array:
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+) -> Any:
     """Causal attention of tiles of consecutive queries, whose own keys and values are in the pool already.
 
     Args:
@@ -74,10 +109,42 @@ def paged_prefill_attention(
       block_tables: int32 [P, W].
       starts: int32 [P].
       lengths: int32 [P]: real queries of each tile; the rest of the C gives zeros.
-      kv, scale, sliding_window, logit_soft_cap: as in `paged_decode_attention`.
+      kv, scale, sliding_window, logit_soft_cap, sinks, return_lse, implementation: as in `paged_decode_attention`.
 
-    Returns: [P, C, Hq, D], q's dtype.
+    Returns: [P, C, Hq, D], q's dtype, and with return_lse float32 [P, C, Hq].
+
+    Raises: as `paged_decode_attention`.
     """
-    return xla.paged_prefill_attention(
-        q, kv, block_tables, starts, lengths, scale=scale, sliding_window=sliding_window, logit_soft_cap=logit_soft_cap
+    attend = functools.partial(
+        _implementation(implementation, "paged_prefill_attention", q, kv),
+        scale=scale,
+        sliding_window=sliding_window,
+        logit_soft_cap=logit_soft_cap,
+        return_lse=return_lse,
     )
+    return _not_differentiable(attend)(q, kv, block_tables, starts, lengths, {"sinks": sinks})
+
+
+def _implementation(asked: str | None, operation: str, q: jax.Array, kv: KV) -> Callable:
+    """The function that runs. An implementation asked for by name runs interpreted where there is no GPU."""
+    name, device = dispatch.requested(asked), dispatch.current_device()
+    if name == "auto":
+        name = "xla" if triton.unsupported(q, kv, device) else "triton"
+    if name == "xla":
+        return getattr(xla, operation)
+    interpret = device.platform != "cuda"
+    reason = triton.unsupported(q, kv, dispatch.INTERPRETER if interpret else device)
+    if reason:
+        raise ValueError(f"paged attention in Triton {reason}: leave the implementation to be chosen, or ask for xla")
+    return functools.partial(getattr(triton, operation), interpret=interpret)
+
+
+def _not_differentiable(attend: Callable) -> Callable:
+    def no_derivative(primals, tangents):
+        raise NotImplementedError(
+            "paged attention has no derivative: train with the model's forward pass without a pool"
+        )
+
+    guarded = jax.custom_jvp(lambda *arguments: attend(*arguments[:-1], **arguments[-1]))
+    guarded.defjvp(no_derivative)
+    return guarded

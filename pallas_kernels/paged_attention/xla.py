@@ -9,55 +9,74 @@ over elements) and the exponential into a broadcast (which then is not vectorise
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
+from pallas_kernels.paged_attention.shared import SharedPrefixes
+
+
+class Seen(NamedTuple):
+    """An online softmax on its way."""
+
+    high: jax.Array  # float32 [n, Hkv, M]: largest score
+    total: jax.Array  # float32 [n, Hkv, M]: sum of exp(score - high)
+    out: jax.Array  # float32 [n, Hkv, M, D]: sum of exp(score - high) * value
+
+
 LOWEST = -1e30  # where a running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
 
 
-def write_kv(kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pool:
     """See `api.write_kv`."""
+    if isinstance(kv, QuantizedKV):
+        (k, k_scales), (v, v_scales) = quantize(k, kv.values.dtype), quantize(v, kv.values.dtype)
+        scales = write_kv(kv.scales[..., None], k_scales[..., None], v_scales[..., None], slots)
+        return type(kv)(write_kv(kv.values, k, v, slots), scales[..., 0])
     if slots.shape[0] == 1:  # XLA:CPU copies the whole pool for a scatter of one row: write the null block too
         k, v, slots = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v, slots))
     block_size = kv.shape[3]
     new = jnp.stack([k, v], axis=1).astype(kv.dtype)  # [T, 2, Hkv, D]
-    return kv.at[slots // block_size, :, :, slots % block_size].set(new)
+    return kv.at[slots // block_size, :, :, slots % block_size].set(new)  # type: ignore[return-value]  # the same type
 
 
 def paged_decode_attention(
     q: jax.Array,
-    kv: jax.Array,
+    kv: KV,
     tables: jax.Array,
     lengths: jax.Array,
     *,
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
+    split_tokens: int | None = None,
+    shared: SharedPrefixes | None = None,
     group_rows: int = 16,
     chunk_blocks: int = 8,
-) -> jax.Array:
-    """See `api.paged_decode_attention`."""
+) -> Any:
+    """See `api.paged_decode_attention`. There are no splits: chunks are the same in any batch."""
+    del split_tokens
     rows, heads, size = q.shape
-    kv_heads = kv.shape[2]
+    kv_heads = pool_values(kv).shape[2]
     end = lengths.astype(jnp.int32)[:, None]  # [R, 1]
-    out = _attend(
-        q.reshape(rows, kv_heads, -1, size) * scale,
-        kv,
-        tables,
-        _begin(end, sliding_window),
-        end,
-        logit_soft_cap,
-        group_rows,
-        chunk_blocks,
-    )
-    return out.reshape(rows, heads, size).astype(q.dtype)
+    q = q.reshape(rows, kv_heads, -1, size) * scale
+    begin = _begin(end, sliding_window)
+    seen = _nothing_seen(q, None if sinks is None else sinks.reshape(kv_heads, -1))
+    if shared is not None:
+        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks)
+    out, lse = _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks)
+    out = out.reshape(rows, heads, size).astype(q.dtype)
+    return (out, lse.reshape(rows, heads)) if return_lse else out
 
 
 def paged_prefill_attention(
     q: jax.Array,
-    kv: jax.Array,
+    kv: KV,
     tables: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
@@ -65,62 +84,131 @@ def paged_prefill_attention(
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    return_lse: bool = False,
     chunk_blocks: int = 8,
-) -> jax.Array:
+) -> Any:
     """See `api.paged_prefill_attention`. A tile's queries of one KV head are stacked: [Hq / Hkv * C, D] a product."""
     tiles, c, heads, size = q.shape
-    kv_heads = kv.shape[2]
+    kv_heads = pool_values(kv).shape[2]
     group = heads // kv_heads
     offsets = jnp.arange(c, dtype=jnp.int32)
     end = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets + 1, 0)  # [P, C]
     begin = _begin(end, sliding_window)
     stacked = q.reshape(tiles, c, kv_heads, group, size).transpose(0, 2, 3, 1, 4).reshape(tiles, kv_heads, -1, size)
-    out = _attend(
+    out, lse = _attend(
         stacked * scale,
         kv,
         tables,
         jnp.tile(begin, (1, group)),
         jnp.tile(end, (1, group)),
+        _nothing_seen(stacked, None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), c, axis=1)),
         logit_soft_cap,
         max(1, 128 // c),
         chunk_blocks,
     )  # tiles together until products are worth two threads
     out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
-    return out.reshape(tiles, c, heads, size).astype(q.dtype)
+    out = out.reshape(tiles, c, heads, size).astype(q.dtype)
+    if not return_lse:
+        return out
+    return out, lse.reshape(tiles, kv_heads, group, c).transpose(0, 3, 1, 2).reshape(tiles, c, heads)
 
 
 def _begin(end: jax.Array, sliding_window: int | None) -> jax.Array:
     return jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
 
 
-def _attend(q, kv, tables, begin, end, logit_soft_cap, group_rows, chunk_blocks) -> jax.Array:
-    """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row -> float32 like q."""
-    rows, width = tables.shape
+def _nothing_seen(q: jax.Array, sinks: jax.Array | None) -> Seen:
+    """Where the online softmax of queries [R, Hkv, M, D] starts; a sink [Hkv, M] is a score that has no value."""
+    shape = q.shape[:-1]
+    if sinks is None:
+        return Seen(jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros(q.shape))
+    return Seen(jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape), jnp.zeros(q.shape))
+
+
+def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks) -> tuple[Seen, jax.Array]:
+    """Reads what rows share, once for all of them: their queries are stacked as if they were one row's.
+
+    Returns: what the rows have seen, and where the rest of each begins ([R, 1]).
+    """
+    rows, kv_heads, m, _ = q.shape
+    members = shared.rows.shape[1]
+    # Padding reads and writes a row beyond the last.
+    q, begin, seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), (q, begin, seen))
+    tables = _whole_chunks(tables, chunk_blocks)
+
+    def stack(x):  # [S, Hkv, M, ...] -> [1, Hkv, S * M, ...]
+        return jnp.swapaxes(x, 0, 1).reshape(1, kv_heads, members * m, *x.shape[3:])
+
+    def unstack(x):
+        return jnp.swapaxes(x.reshape(kv_heads, members, m, *x.shape[3:]), 0, 1)
+
+    def body(carry):
+        i, begin, seen = carry
+        mine, length = shared.rows[i], shared.lengths[i]
+        mine = jnp.where(mine < 0, rows, mine)
+        piece = _online_softmax(
+            kv,
+            logit_soft_cap,
+            chunk_blocks,
+            stack(q[mine]),
+            tables[mine[:1]],
+            jnp.repeat(begin[mine, 0], m)[None],
+            jnp.full((1, members * m), length),
+            Seen(*(stack(x[mine]) for x in seen)),
+        )
+        seen = Seen(*(x.at[mine].set(unstack(new)) for x, new in zip(seen, piece, strict=True)))
+        return i + 1, begin.at[mine, 0].max(length), seen
+
+    count = (shared.lengths > 0).sum()  # those without padding come first
+    _, begin, seen = lax.while_loop(lambda carry: carry[0] < count, body, (0, begin, seen))
+    return jax.tree.map(lambda x: x[:rows], seen), begin[:rows]
+
+
+def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks) -> tuple[jax.Array, jax.Array]:
+    """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row, and what `seen` has.
+
+    Returns: float32 like q, and the log of the sum of exponentials [R, Hkv, M].
+    """
+    rows = len(tables)
     taken = min(group_rows, rows)
     pad = -rows % taken
     order = jnp.argsort(-jnp.pad(end.max(-1), (0, pad), constant_values=-1))  # longest first; made-up rows last
-    tables = jnp.pad(tables, ((0, 0), (0, -width % chunk_blocks)))
+    tables = _whole_chunks(tables, chunk_blocks)
 
     def in_groups(x):
         return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, taken, *x.shape[1:])
 
     loop = functools.partial(_online_softmax, kv, logit_soft_cap, chunk_blocks)
-    out = lax.map(lambda group: loop(*group), tuple(in_groups(x) for x in (q, tables, begin, end)))
-    return out.reshape(rows + pad, *q.shape[1:])[jnp.argsort(order)[:rows]]
+    results = lax.map(lambda group: loop(*group), jax.tree.map(in_groups, (q, tables, begin, end, seen)))
+    back = jnp.argsort(order)[:rows]
+    high, total, out = (x.reshape(rows + pad, *x.shape[2:])[back] for x in results)
+    total = jnp.maximum(total, 1e-30)
+    return out / total[..., None], jnp.where(end[:, None] > 0, high + jnp.log(total), -jnp.inf)
 
 
-def _online_softmax(kv, logit_soft_cap, chunk_blocks, q, tables, begin, end) -> jax.Array:
-    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1] -> [n, Hkv, M, D]."""
+def _whole_chunks(tables: jax.Array, chunk_blocks: int) -> jax.Array:
+    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % chunk_blocks)))
+
+
+def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end, seen: Seen) -> Seen:
+    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1]."""
     n, kv_heads, m, size = q.shape
-    block_size, span = kv.shape[3], chunk_blocks * kv.shape[3]
-    runs = kv.reshape(-1, block_size * size)  # row (2 * block + is_value) * Hkv + head
+    values, scales = kv if isinstance(kv, QuantizedKV) else (kv, None)
+    block_size = values.shape[3]
+    span = chunk_blocks * block_size
+    runs = values.reshape(-1, block_size * size)  # row (2 * block + is_value) * Hkv + head
     heads = jnp.arange(kv_heads)[:, None]
     q = q.reshape(n * kv_heads, m, size)
     begin, end = begin[:, None, :, None], end[:, None, :, None]  # [n, 1, M or 1, 1]
 
     def gather(index):  # [n, Hkv, chunk_blocks] -> [n * Hkv, span, D]
         run = lax.optimization_barrier(jnp.take(runs, index.reshape(-1), axis=0, mode="clip"))
-        return run.reshape(n * kv_heads, span, size).astype(q.dtype)
+        run = run.reshape(n * kv_heads, span, size).astype(q.dtype)
+        if scales is None:
+            return run
+        factors = jnp.take(scales.reshape(-1, block_size), index.reshape(-1), axis=0, mode="clip")
+        return run * factors.reshape(n * kv_heads, span, 1).astype(q.dtype)
 
     def body(carry):
         chunk, high, total, out = carry
@@ -136,16 +224,16 @@ def _online_softmax(kv, logit_soft_cap, chunk_blocks, q, tables, begin, end) -> 
         higher = lax.optimization_barrier(jnp.maximum(high, scores.max(-1)))  # finite, as the first one is
         weights = lax.optimization_barrier(jnp.exp(lax.optimization_barrier(scores - higher[..., None])))
         shrink = jnp.exp(high - higher)
-        values = gather(keys + kv_heads)
         new = jnp.einsum(
-            "xmk,xkd->xmd", weights.reshape(-1, m, span).astype(q.dtype), values, preferred_element_type=jnp.float32
+            "xmk,xkd->xmd",
+            weights.reshape(-1, m, span).astype(q.dtype),
+            gather(keys + kv_heads),
+            preferred_element_type=jnp.float32,
         )
         out = out * shrink[..., None] + new.reshape(out.shape)
         return chunk + 1, higher, total * shrink + weights.sum(-1), out
 
     last = end.max()
     first = jnp.minimum(jnp.where(end > 0, begin, last).min(), last) // span  # a window skips what nobody sees
-    shape = (n, kv_heads, m)
-    carry = (first, jnp.full(shape, LOWEST), jnp.zeros(shape), jnp.zeros((*shape, size)))
-    _, _, total, out = lax.while_loop(lambda carry: carry[0] * span < last, body, carry)
-    return out / jnp.maximum(total, 1e-30)[..., None]
+    _, *after = lax.while_loop(lambda carry: carry[0] * span < last, body, (first, *seen))
+    return Seen(*after)

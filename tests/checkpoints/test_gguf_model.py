@@ -1,5 +1,6 @@
 """GGUF metadata and tensors -> configuration and parameter tree."""
 
+import dataclasses
 import json
 import math
 
@@ -29,7 +30,7 @@ from checkpoint_files import (
     random_tensors,
 )
 
-from checkpoints import CheckpointError, UnsupportedCheckpointError, load
+from checkpoints import CheckpointError, UnsupportedCheckpointError, gguf_architectures, load
 from checkpoints.gguf_quants import GGML_TYPES
 from checkpoints.safetensors_reader import SafetensorsFile
 from jpaged.models.config import RopeConfig
@@ -47,9 +48,30 @@ def rows_interleaved(weights: np.ndarray, heads: int) -> np.ndarray:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(weights.shape)
 
 
-def golden_as_gguf(extra: dict[str, np.ndarray] | None = None) -> bytes:
-    """The tiny Llama of the goldens, written the way llama.cpp's converter writes it."""
-    folder = GOLDENS / "models" / "llama"
+PARTS = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+GEMMA_PARTS = PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma2": "gemma2", "gemma3": "gemma3_text"}
+
+
+def golden_as_gguf(extra: dict[str, np.ndarray] | None = None, arch: str = "llama", **changes) -> bytes:
+    """A tiny model of the goldens, written the way llama.cpp's converter writes it."""
+    folder = GOLDENS / "models" / ARCHITECTURES[arch]
     config = json.loads((folder / "config.json").read_text())
     file = SafetensorsFile(folder / "model.safetensors")
     names = {
@@ -57,42 +79,74 @@ def golden_as_gguf(extra: dict[str, np.ndarray] | None = None) -> bytes:
         "model.norm.weight": "output_norm.weight",
         "lm_head.weight": "output.weight",
     }
-    parts = {
-        "input_layernorm": "attn_norm",
-        "self_attn.q_proj": "attn_q",
-        "self_attn.k_proj": "attn_k",
-        "self_attn.v_proj": "attn_v",
-        "self_attn.o_proj": "attn_output",
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    }
     for layer in range(config["num_hidden_layers"]):
-        for ours, ggml in parts.items():
-            names[f"model.layers.{layer}.{ours}.weight"] = f"blk.{layer}.{ggml}.weight"
+        for ours, ggml in (GEMMA_PARTS if arch.startswith("gemma") else PARTS).items():
+            for kind in ("weight", "bias"):
+                names[f"model.layers.{layer}.{ours}.{kind}"] = f"blk.{layer}.{ggml}.{kind}"
     tensors = {}
     for name, tensor in file.tensors.items():
         weights = file.read(tensor).astype(np.float32)
-        if "q_proj" in name:
+        if arch == "llama" and "q_proj" in name:
             weights = rows_interleaved(weights, config["num_attention_heads"])
-        if "k_proj" in name:
+        if arch == "llama" and "k_proj" in name:
             weights = rows_interleaved(weights, config["num_key_value_heads"])
+        if arch.startswith("gemma") and name.endswith("norm.weight"):
+            weights = weights + 1
         tensors[names[name]] = weights
-    metadata = llama_metadata(
-        **{
-            "llama.block_count": U32(config["num_hidden_layers"]),
-            "llama.context_length": U32(config["max_position_embeddings"]),
-            "llama.embedding_length": U32(config["hidden_size"]),
-            "llama.feed_forward_length": U32(config["intermediate_size"]),
-            "llama.attention.head_count": U32(config["num_attention_heads"]),
-            "llama.attention.head_count_kv": U32(config["num_key_value_heads"]),
-            "llama.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
-            "llama.rope.freq_base": config["rope_parameters"]["rope_theta"],
-            "llama.rope.dimension_count": U32(config["head_dim"]),
-        }
+    head_dim = config.get("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    rope = config["rope_parameters"]
+    metadata = {
+        "general.architecture": arch,
+        f"{arch}.block_count": U32(config["num_hidden_layers"]),
+        f"{arch}.context_length": U32(config["max_position_embeddings"]),
+        f"{arch}.embedding_length": U32(config["hidden_size"]),
+        f"{arch}.feed_forward_length": U32(config["intermediate_size"]),
+        f"{arch}.attention.head_count": U32(config["num_attention_heads"]),
+        f"{arch}.attention.head_count_kv": U32(config["num_key_value_heads"]),
+        f"{arch}.attention.key_length": U32(head_dim),
+        f"{arch}.attention.value_length": U32(head_dim),
+        f"{arch}.attention.layer_norm_rms_epsilon": config["rms_norm_eps"],
+        f"{arch}.rope.dimension_count": U32(head_dim),
+        f"{arch}.rope.freq_base": rope.get("full_attention", rope)["rope_theta"],
+    }
+    return gguf_bytes(llama_metadata(**metadata | changes), f32(tensors | (extra or {})))
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "qwen3", "gemma2", "gemma3"])
+def test_other_architectures_give_the_parameters_of_the_safetensors(arch, tmp_path):
+    more = {
+        f"{arch}.attention.sliding_window": U32(16),
+        f"{arch}.attn_logit_softcapping": 5.0,
+        f"{arch}.final_logit_softcapping": 8.0,
+    }
+    ours = load_bytes(
+        tmp_path, golden_as_gguf(arch=arch, **(more if arch.startswith("gemma") else {})), skip_tokenizer=True
     )
-    return gguf_bytes(metadata, f32(tensors | (extra or {})))
+    reference = load(GOLDENS / "models" / ARCHITECTURES[arch], skip_tokenizer=True)
+    # A Gemma file holds its norms plus one, rounded.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=0), ours.params, reference.params)
+    assert jax.tree.structure(ours.params) == jax.tree.structure(reference.params)
+    expected = dataclasses.replace(
+        reference.config,
+        bos_token_id=ours.config.bos_token_id,
+        pad_token_id=ours.config.pad_token_id,
+        attention_bias=ours.config.attention_bias,
+        layer_types=ours.config.layer_types,
+        rope=ours.config.rope,
+    )
+    if arch == "gemma2":  # llama.cpp derives it from the width of a head
+        expected = dataclasses.replace(expected, query_pre_attn_scalar=24.0)
+    if arch == "gemma3":  # the caps that Gemma 3 has no more are given above all the same
+        expected = dataclasses.replace(expected, attn_logit_softcapping=5.0, final_logit_softcapping=8.0)
+    assert ours.config == expected
+
+
+def test_the_largest_gemmas_scale_by_the_width_of_the_model():
+    gemma = gguf_architectures.ARCHITECTURES
+    sizes = {"embedding_length": 4608, "attention.head_count": 32, "attention.key_length": 128}
+    assert gemma["gemma2"].more((sizes | {"block_count": 46}).get)["query_pre_attn_scalar"] == 144
+    assert gemma["gemma2"].more((sizes | {"block_count": 42}).get)["query_pre_attn_scalar"] == 128
+    assert gemma["gemma3"].more((sizes | {"block_count": 62}).get)["query_pre_attn_scalar"] == 144
 
 
 def test_same_parameters_and_shape_as_the_safetensors_of_the_same_model(tmp_path):
@@ -104,7 +158,7 @@ def test_same_parameters_and_shape_as_the_safetensors_of_the_same_model(tmp_path
         "vocab_size",
         "hidden_size",
         "head_dim",
-        "rms_norm_eps",
+        "norm_eps",
         "tie_word_embeddings",
         "eos_token_ids",
     ):
@@ -252,7 +306,7 @@ def test_rope_freqs_are_llama_3_scaling(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"general.architecture": "gemma3"}, "gemma3.*llama"),
+        ({"general.architecture": "bert"}, "bert.*llama"),
         ({"general.architecture": None}, "architecture None"),
         ({"llama.expert_count": U32(8)}, "mixture"),
         ({"llama.attention.head_count_kv": U32(3)}, "multiple"),

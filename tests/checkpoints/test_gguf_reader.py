@@ -20,7 +20,8 @@ from checkpoint_files import (
 
 from checkpoints.errors import CheckpointError, CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile
-from checkpoints.gguf_llama import config_from_gguf, params_from_gguf
+from checkpoints.gguf_config import config_from_gguf
+from checkpoints.gguf_params import params_from_gguf
 
 
 def write(tmp_path, data: bytes):

@@ -234,8 +234,8 @@ def test_broken_json_is_named(folder, name, text):
 
 
 def test_other_families_are_named(folder):
-    edit(folder / "config.json", model_type="gpt2")
-    with pytest.raises(UnsupportedCheckpointError, match=r"'gpt2'.*llama, mistral"):
+    edit(folder / "config.json", model_type="bert")
+    with pytest.raises(UnsupportedCheckpointError, match=r"'bert'.*llama, mistral"):
         load(folder)
 
 

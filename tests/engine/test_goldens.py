@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jpaged import SamplingParams
-from tests.engine.support import GOLDENS, run
+from jpaged.config import EngineConfig
+from tests.engine.support import GOLDENS, engine_factory, run
 
 CHATS = json.loads((GOLDENS / "smollm2_chats.json").read_text())
 TINY = np.load(GOLDENS / "models" / "llama" / "reference.npz")
@@ -38,7 +39,7 @@ def test_chat_template_gives_the_reference_prompt(smollm2):
     engine = smollm2()
     for i, chat in enumerate(CHATS):
         engine.add_request(str(i), chat["messages"], SamplingParams(max_tokens=1))
-        group = engine.scheduler._waiting[i][1]
+        group = engine._groups[str(i)]
         assert group.prompt == chat["prompt_text"]
         assert group.prompt_token_ids == chat["prompt_token_ids"]
     engine.abort([str(i) for i in range(len(CHATS))])
@@ -72,6 +73,28 @@ def test_preempted_aborted_and_in_chunks_of_64(smollm2):
         else:
             check_chat(finished[str(i)], chat)
     assert sum(o.outputs[0].finish_reason == "abort" for o in finished.values()) >= 5
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "deepseek_v3"])
+def test_families_that_ask_something_of_the_engine(name):
+    """Layers with windows and a RoPE of their own; experts; a pool of latents. `tests/models` has all families."""
+    folder = GOLDENS / "models" / name
+    engine = engine_factory(
+        EngineConfig(
+            model=str(folder),
+            max_num_seqs=2,
+            max_model_len=80,
+            max_num_batched_tokens=2 + 16,
+            num_gpu_blocks_override=30,
+            block_size=4,
+            warmup=False,
+        )
+    )()
+    reference, greedy = np.load(folder / "reference.npz"), SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    for prompt in ("p0", "p1"):
+        engine.add_request(prompt, {"prompt_token_ids": reference[f"{prompt}_input_ids"].tolist()}, greedy)
+    for prompt, output in run(engine).items():
+        assert output.outputs[0].token_ids == reference[f"{prompt}_greedy_ids"].tolist()
 
 
 @pytest.mark.parametrize("prompt", ["p0", "p1"])

@@ -27,7 +27,7 @@ LENGTH_PENALTIES = (-1.0, 0.0, 0.5, 1.0, 2.0)
 EARLY_STOPPING = (False, True, "never")
 
 # Of smollm2_chats.json: (chat, [(early_stopping, length_penalty)]). 40, 55, 127, 256 and 300 prompt tokens; in the
-# first two all beams end with the end-of-sequence token.
+# first two, the plain searches end with four beams that stopped by themselves.
 PLAIN = (False, 1.0)
 CHATS = (
     (3, [PLAIN, (True, 0.5), ("never", 2.0)]),

@@ -1,86 +1,209 @@
-"""Every implementation of paged attention against the gather oracle, on shapes chosen to hit every mask."""
+"""Every implementation of paged attention against the float64 oracle: one table, on shapes chosen to hit every mask."""
+
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.paged_attention import paged_decode_attention, paged_prefill_attention, pool_shape, write_kv
+from pallas_kernels.paged_attention import (
+    QuantizedKV,
+    SharedPrefixes,
+    paged_decode_attention,
+    paged_prefill_attention,
+    pool_shape,
+    write_kv,
+)
+from pallas_kernels.paged_attention.quantized import dequantize, quantize
 from pallas_kernels.paged_attention.reference import paged_attention
 
-# rows, query heads, KV heads, head size, block size, table width, sliding window, soft cap
+
+class Case(NamedTuple):
+    rows: int
+    heads: int
+    kv_heads: int
+    size: int
+    block: int
+    width: int
+    window: int | None = None
+    cap: float | None = None
+    sinks: bool = False
+    dtype: str = "float32"
+    pool: str | None = None  # of a quantised pool
+
+
 CASES = {
-    "smollm2": (5, 9, 3, 64, 16, 23, None, None),
-    "one row": (1, 4, 4, 16, 16, 7, None, None),
-    "soft cap": (3, 4, 2, 80, 16, 5, None, 5.0),
-    "MQA, window": (8, 8, 1, 33, 8, 12, 9, None),
-    "all at once": (17, 6, 2, 16, 4, 40, 21, 20.0),
-    "table of one": (3, 9, 3, 64, 16, 1, None, None),
-    "more rows than a group": (40, 3, 3, 24, 8, 9, None, None),
-    "window of one": (6, 4, 2, 16, 8, 6, 1, None),
+    "smollm2": Case(6, 9, 3, 64, 16, 23),
+    "one row, long": Case(1, 4, 4, 16, 16, 40),
+    "head size 80, soft cap": Case(3, 4, 2, 80, 16, 5, cap=5.0),
+    "MQA, window": Case(8, 8, 1, 32, 8, 40, window=9),
+    "all at once, bfloat16": Case(7, 6, 2, 96, 8, 40, window=21, cap=20.0, sinks=True, dtype="bfloat16"),
+    "all at once, int8": Case(7, 6, 2, 64, 8, 40, window=150, cap=20.0, sinks=True, pool="int8"),
+    "table of one block": Case(3, 9, 3, 64, 128, 1, sinks=True),
+    "window of one": Case(6, 4, 2, 16, 8, 6, window=1),
+    "float16, head size 128": Case(6, 4, 4, 128, 32, 10, dtype="float16"),
+    "e4m3, head size 256": Case(4, 4, 1, 256, 16, 4, dtype="bfloat16", pool="float8_e4m3fn"),
+    "more heads than a program": Case(2, 96, 1, 16, 16, 3),
 }
+XLA_CASES = {
+    "odd head size, odd block": Case(8, 8, 1, 33, 12, 12, window=9),
+    "more rows than a group": Case(40, 3, 3, 24, 8, 9),
+}
+RUNS = [(name, "xla") for name in CASES | XLA_CASES] + [(name, "triton") for name in CASES]
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
-def make(case, dtype=jnp.float32, seed=0):
+class Made(NamedTuple):
+    q: jax.Array  # [R, C, Hq, D]
+    kv: jax.Array | QuantizedKV
+    oracle_kv: np.ndarray
+    tables: np.ndarray
+    lengths: np.ndarray
+    sinks: jax.Array | None
+    options: dict
+    tolerance: float
+
+
+def make(case: str, tile: int = 1, seed: int = 0) -> Made:
     """A pool of noise, tables without shared blocks, and lengths at every edge: 0, 1, block - 1, block, block + 1, full."""
-    rows, heads, kv_heads, size, block, width, window, cap = CASES[case]
+    c = (CASES | XLA_CASES)[case]
     rng = np.random.default_rng(seed)
-    count = rows * width + 1
-    kv = jnp.asarray(rng.standard_normal(pool_shape(count, block, kv_heads, size)), dtype)
-    tables = 1 + rng.permutation(count - 1).reshape(rows, width).astype(np.int32)
-    edges = [width * block, 1, block - 1, block, min(block + 1, width * block), 0]
-    lengths = np.array(
-        [edges[i] if i < len(edges) else rng.integers(0, width * block + 1) for i in range(rows)], np.int32
-    )
+    count = c.rows * c.width + 1
+    kv = jnp.asarray(rng.standard_normal(pool_shape(count, c.block, c.kv_heads, c.size)), c.dtype)
+    if c.pool:
+        kv = QuantizedKV(*quantize(kv, c.pool))
+    tables = 1 + rng.permutation(count - 1).reshape(c.rows, c.width).astype(np.int32)
+    full = c.width * c.block
+    edges = [full, 1, c.block - 1, c.block, min(c.block + 1, full), 0]
+    lengths = [edges[i] if i < len(edges) else rng.integers(0, full + 1) for i in range(c.rows)]
     for row, length in enumerate(lengths):
-        tables[row, -(-length // block) :] = 0  # entries beyond the length are the null block
-    options = {"scale": size**-0.5, "sliding_window": window, "logit_soft_cap": cap}
-    return rng, kv, jnp.asarray(tables), lengths, heads, options
+        tables[row, -(-length // c.block) :] = 0  # entries beyond the length are the null block
+    return Made(
+        q=jnp.asarray(rng.standard_normal((c.rows, tile, c.heads, c.size)), c.dtype),
+        kv=kv,
+        oracle_kv=np.asarray(dequantize(kv) if c.pool else kv),
+        tables=tables,
+        lengths=np.array(lengths, np.int32),
+        sinks=jnp.asarray(rng.standard_normal(c.heads), c.dtype) if c.sinks else None,
+        options={"scale": c.size**-0.5, "sliding_window": c.window, "logit_soft_cap": c.cap},
+        tolerance=TOLERANCE[c.dtype],
+    )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_decode(case):
-    rng, kv, tables, lengths, heads, options = make(case)
-    q = jnp.asarray(rng.standard_normal((len(lengths), heads, kv.shape[-1])), jnp.float32)
-    got = jax.jit(lambda *args: paged_decode_attention(*args, **options))(q, kv, tables, lengths)
-    expected = paged_attention(q[:, None], kv, tables, lengths - 1, (lengths > 0).astype(np.int32), **options)[:, 0]
-    np.testing.assert_allclose(got, expected, atol=1e-5)
-    assert not np.asarray(got)[lengths == 0].any(), "padding gives zeros"
+def check(got, expected, tolerance, padding):
+    out, lse = (np.asarray(x).astype(np.float64) for x in got)
+    np.testing.assert_allclose(out, expected[0], atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(lse, expected[1], atol=tolerance, rtol=tolerance)
+    assert not out[padding].any(), "padding gives zeros"
+    assert (lse[padding] == -np.inf).all(), "and nothing to merge"
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("tile", [1, 5, 16])
-def test_prefill(case, tile):
-    rng, kv, tables, ends, heads, options = make(case)
-    starts = np.maximum(ends - tile, 0).astype(np.int32)
-    lengths = (ends - starts).astype(np.int32)  # from 0 to a full tile
-    q = jnp.asarray(rng.standard_normal((len(ends), tile, heads, kv.shape[-1])), jnp.float32)
-    got = jax.jit(lambda *args: paged_prefill_attention(*args, **options))(q, kv, tables, starts, lengths)
-    expected = paged_attention(q, kv, tables, starts, lengths, **options)
-    np.testing.assert_allclose(got, expected, atol=1e-5)
+def decode(made: Made, **options):
+    attend = functools.partial(paged_decode_attention, **made.options, **options)
+    return jax.jit(attend)(made.q[:, 0], made.kv, made.tables, made.lengths, sinks=made.sinks)
 
 
-def test_bfloat16_pool():
-    rng, kv, tables, lengths, heads, options = make("smollm2", jnp.bfloat16)
-    q = jnp.asarray(rng.standard_normal((len(lengths), heads, kv.shape[-1])), jnp.bfloat16)
-    got = paged_decode_attention(q, kv, tables, lengths, **options)
-    assert got.dtype == jnp.bfloat16
-    expected = paged_attention(q[:, None], kv, tables, lengths - 1, (lengths > 0).astype(np.int32), **options)[:, 0]
-    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(expected, np.float32), atol=2e-2)
+@pytest.mark.parametrize(("case", "implementation"), RUNS)
+def test_decode(case, implementation):
+    made = make(case)
+    got = decode(made, return_lse=True, implementation=implementation)
+    assert got[0].dtype == made.q.dtype
+    real = (made.lengths > 0).astype(np.int32)
+    oracle = paged_attention(
+        made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
+    )
+    check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
 
 
-def test_the_null_block_is_never_read():
+def share(made: Made, block: int) -> SharedPrefixes:
+    """Lets rows begin with the blocks of longer ones; pieces of two to three rows, and padding of both kinds."""
+    order = np.argsort(-made.lengths)
+    rows, lengths = np.full((4, 3), -1, np.int32), np.zeros(4, np.int32)
+    for members in (order[:2], order[2:5]):
+        common = max(made.lengths[members].min() - 1, 0) // block if len(members) > 1 else 0
+        if common:
+            made.tables[members, :common] = made.tables[members[0], :common]
+            at = np.flatnonzero(lengths == 0)[0]
+            rows[at, : len(members)], lengths[at] = members, common * block
+    return SharedPrefixes(jnp.asarray(rows), jnp.asarray(lengths))
+
+
+@pytest.mark.parametrize(("case", "implementation"), RUNS)
+def test_shared_prefixes_change_nothing(case, implementation):
+    made = make(case)
+    made.lengths[-2:] = np.maximum(made.lengths[-2:], min(40, made.tables.shape[1] * (CASES | XLA_CASES)[case].block))
+    made.tables[made.tables == 0] = 1  # lengths have grown: any block will do
+    shared = share(made, (CASES | XLA_CASES)[case].block)
+    got = decode(made, return_lse=True, implementation=implementation, shared=shared)
+    real = (made.lengths > 0).astype(np.int32)
+    oracle = paged_attention(
+        made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
+    )
+    check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
+
+
+def test_shared_prefixes_are_shared_in_the_test_above():
+    made = make("smollm2")
+    assert (np.asarray(share(made, 16).lengths) > 0).sum() == 1
+    assert (np.asarray(share(make("more rows than a group"), 8).lengths) > 0).sum() == 2
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation", "tile"),
+    [(*run, 16) for run in RUNS] + [("smollm2", "xla", 1), ("smollm2", "xla", 5), ("MQA, window", "triton", 37)],
+)
+def test_prefill(case, implementation, tile):
+    """Tiles that end at the rows' lengths, from empty to full, after contexts of which some are long."""
+    made = make(case, tile)
+    starts = np.maximum(made.lengths - tile, 0).astype(np.int32)
+    counts = (made.lengths - starts).astype(np.int32)
+    attend = functools.partial(paged_prefill_attention, **made.options, return_lse=True, implementation=implementation)
+    got = jax.jit(attend)(made.q, made.kv, made.tables, starts, counts, sinks=made.sinks)
+    oracle = paged_attention(made.q, made.oracle_kv, made.tables, starts, counts, sinks=made.sinks, **made.options)
+    check(got, oracle, made.tolerance, np.arange(tile) >= counts[:, None])
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_without_lse_the_same_output(implementation):
+    made = make("smollm2")
+    both = decode(made, return_lse=True, implementation=implementation)
+    np.testing.assert_allclose(both[0], decode(made, implementation=implementation), atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+def test_the_null_block_is_never_read(implementation):
     """Whatever padding wrote there: a row's result does not feel it."""
-    rng, kv, tables, lengths, heads, options = make("smollm2")
-    q = jnp.asarray(rng.standard_normal((len(lengths), heads, kv.shape[-1])), jnp.float32)
-    one = paged_decode_attention(q, kv, tables, lengths, **options)
-    other = paged_decode_attention(q, kv.at[0].set(7.0), tables, lengths, **options)
+    made = make("smollm2")
+    one = decode(made, implementation=implementation)
+    other = decode(
+        made._replace(kv=made.kv.at[0].set(jnp.nan if implementation == "triton" else 7.0)),
+        implementation=implementation,
+    )
     np.testing.assert_array_equal(one, other)
+
+
+def test_fixed_splits_do_not_depend_on_the_batch():
+    """Bitwise: alone, among others, in another place. Shares that follow the batch cut the row elsewhere."""
+    made = make("one row, long")
+    crowd = made._replace(
+        q=jnp.concatenate([made.q[:, :] * 0.5, made.q, made.q]),
+        tables=np.concatenate([made.tables] * 3),
+        lengths=np.concatenate([made.lengths, made.lengths, made.lengths // 3]),
+    )
+    alone = decode(made, split_tokens=128, implementation="triton")
+    np.testing.assert_array_equal(alone[0], decode(crowd, split_tokens=128, implementation="triton")[1])
+    wider = made._replace(tables=np.pad(made.tables, ((0, 0), (0, 40))))
+    np.testing.assert_array_equal(alone, decode(wider, split_tokens=128, implementation="triton"))
+    assert (np.asarray(alone) != np.asarray(decode(made, split_tokens=256, implementation="triton"))).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_write_kv(count):
-    rng, kv, *_ = make("smollm2")
+    made = make("smollm2")
+    kv = made.kv
+    rng = np.random.default_rng(1)
     blocks, _, kv_heads, block, size = kv.shape
     k = rng.standard_normal((count, kv_heads, size)).astype(np.float32)
     slots = (block + rng.permutation((blocks - 1) * block)[:count]).astype(np.int32)
@@ -90,3 +213,48 @@ def test_write_kv(count):
         expected[slot // block, 0, :, slot % block] = k[i]
         expected[slot // block, 1, :, slot % block] = k[i] + 1
     np.testing.assert_array_equal(got[1:], expected[1:])  # the null block may hold anything
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
+def test_quantised_within_the_stated_bound(dtype, bound):
+    """Half a step of the largest value with int8; a sixteenth of the value itself with e4m3 (above its smallest)."""
+    kv = QuantizedKV(jnp.zeros(pool_shape(3, 4, 2, 16), dtype), jnp.zeros((3, 2, 2, 4)))
+    k = np.random.default_rng(0).standard_normal((5, 2, 16)).astype(np.float32)
+    k[0] = 0.0  # a vector of zeros has no scale
+    slots = np.array([4, 5, 6, 7, 8], np.int32)
+    got = dequantize(jax.jit(write_kv)(kv, k, 2 * k, slots))
+    for side, wanted in ((0, k), (1, 2 * k)):
+        error = np.abs(np.asarray(got)[slots // 4, side, :, slots % 4] - wanted)
+        largest = np.abs(wanted).max(-1, keepdims=True)
+        size = largest if dtype == "int8" else np.maximum(np.abs(wanted), largest / 448)
+        assert (error <= bound * size * 1.0001).all()
+
+
+def test_a_batch_of_pools():
+    """`jax.vmap` over everything is a loop of calls."""
+    made = [make("smollm2", seed=seed) for seed in (0, 1)]
+    q, kv, tables = (jnp.stack(x) for x in zip(*[(m.q[:, 0], m.kv, jnp.asarray(m.tables)) for m in made], strict=True))
+    attend = functools.partial(paged_decode_attention, **made[0].options, implementation="triton")
+    got = jax.vmap(attend, in_axes=(0, 0, 0, None))(q, kv, tables, made[0].lengths)
+    for i, m in enumerate(made):
+        np.testing.assert_allclose(got[i], decode(m, implementation="triton"), atol=1e-6)
+
+
+def test_no_derivative_but_a_clear_word():
+    made = make("table of one block")
+    with pytest.raises(NotImplementedError, match="without a pool"):
+        jax.grad(lambda q: paged_decode_attention(q, made.kv, made.tables, made.lengths, **made.options).sum())(
+            made.q[:, 0]
+        )
+
+
+def test_implementations_by_name(monkeypatch):
+    made = make("odd head size, odd block")
+    with pytest.raises(ValueError, match="no implementation 'cuda'"):
+        decode(made, implementation="cuda")
+    with pytest.raises(ValueError, match="no head size 33"):
+        decode(made, implementation="triton")
+    monkeypatch.setenv("JPAGED_ATTENTION", "triton")
+    with pytest.raises(ValueError, match="no head size 33"):
+        decode(made)
+    decode(made, implementation="xla")  # the argument comes before the environment

@@ -12,6 +12,7 @@ function of the prefix, the request's seed and the sequence's index, as the real
 import collections
 import dataclasses
 import itertools
+import sys
 
 import numpy as np
 
@@ -23,6 +24,7 @@ from jpaged.scheduling.beam_search import path
 from jpaged.scheduling.beams import Candidates, new_search
 from jpaged.scheduling.plan import make_buckets, split_packed
 from jpaged.scheduling.scheduler import PreemptionMode
+from jpaged.scheduling.sharing import SharingFinder
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
 
 VOCAB = 4
@@ -100,8 +102,8 @@ class Device:
     def run(self, plan: StepPlan) -> tuple[np.ndarray, Candidates | None]:
         """Runs the packed plan; returns a token for each of the bucket's results, and the beams' candidates."""
         packed = plan.pack(self.null_row)
-        decode, prefill, results = split_packed(packed, plan.bucket)
-        self._copy(results[2:, : packed[-1]].T.tolist())
+        decode, prefill, results, num_copies, pieces = split_packed(packed, plan.bucket)
+        self._copy(results[2:, : num_copies[0]].T.tolist())
         rows, positions, new_blocks = decode.tolist()
         for row, position, block in zip(rows, positions, new_blocks, strict=True):
             if block:
@@ -114,6 +116,7 @@ class Device:
             assert length <= self.tile_size
             if row != self.null_row:
                 work.append((row, start, start + length))
+        self._check_pieces(pieces, decode)
         self._write(work)
         for row, start, end in work:
             self._check(row, start, end)
@@ -130,6 +133,18 @@ class Device:
         assert len(set(destinations)) == len(copies)
         assert not set(sources) & set(destinations)
         blocks[destinations] = blocks[sources]
+
+    def _check_pieces(self, pieces: np.ndarray, decode: np.ndarray) -> None:
+        """Rows that are read together share blocks that are full and before all of their queries; a row is in one piece."""
+        seen: list[int] = []
+        for *members, count in pieces.tolist():
+            if count:
+                rows, positions, _ = decode[:, [m for m in members if m >= 0]]
+                assert len(rows) > 1
+                assert (self.tables[rows, :count] == self.tables[rows[0], :count]).all()
+                assert (count * self.block_size <= positions).all()
+                seen += rows.tolist()
+        assert len(set(seen)) == len(seen)
 
     def _of_token(self, token: int, decode: np.ndarray, prefill: np.ndarray) -> tuple[int, int]:
         """(row, position) of one of the step's tokens."""
@@ -195,6 +210,7 @@ class NullEngine:
       max_tiles: tiles of the largest bucket; None: as many as the token budget holds.
       checked: False runs ten times faster: the device does not look, tokens mean nothing, and `check` is the
         caller's business.
+      timed: False looks at nobody's waiting time, which takes as long as the queue is.
     """
 
     def __init__(
@@ -210,6 +226,7 @@ class NullEngine:
         caching: bool = True,
         max_tiles: int | None = None,
         checked: bool = True,
+        timed: bool = True,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
     ) -> None:
@@ -229,7 +246,8 @@ class NullEngine:
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,
         )
-        self.max_len, self.budget, self.checked = max_len, budget, checked
+        self.scheduler.sharing = SharingFinder(self.blocks, min_members=2, min_saved_tokens=1)
+        self.max_len, self.budget, self.checked, self._timed = max_len, budget, checked, timed
         self.prefixes = Prefixes()
         self.device = Device(
             self.prefixes,
@@ -253,7 +271,7 @@ class NullEngine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self.unfinished or self._in_flight)
+        return bool(self.scheduler.has_work or self._in_flight)
 
     def add(
         self,
@@ -296,6 +314,13 @@ class NullEngine:
             group.beams = new_search(group)
         self.scheduler.add(group)
         self.groups.append(group)
+        self._set_deadlines(group)
+        return group
+
+    def _set_deadlines(self, group: SequenceGroup) -> None:
+        if not self._timed:
+            self._deadlines[group] = sys.maxsize
+            return
         # Served in order, a group waits for those before it, and for those that run: each of their tokens, and their
         # ways in, cost at most a step for computing it and one for computing it again.
         first = [g for g in self.unfinished if g.order < group.order or g.status is Status.RUNNING]
@@ -303,7 +328,6 @@ class NullEngine:
         for other in self.unfinished:
             if other.order > group.order:
                 self._deadlines[other] += self._cost(group)
-        return group
 
     @staticmethod
     def _cost(group: SequenceGroup) -> int:
@@ -315,10 +339,8 @@ class NullEngine:
     def step(self) -> list[Sequence]:
         """As LLMEngine._step. Returns the sequences that received a token."""
         self.num_steps += 1
-        received: list[Sequence] = []
-        if self._in_flight and self.scheduler.needs_results:
-            received += self._commit()
-        before = {group: group.status for group in self.unfinished}
+        received = self._commit_first()
+        before = {group: group.status for group in self.unfinished} if self.checked else {}
         plan = self.scheduler.schedule()
         if plan is not None:
             if self.checked:
@@ -333,6 +355,25 @@ class NullEngine:
             received += self._commit()
         return received
 
+    def interrupt(self) -> list[Sequence]:
+        """A step is planned, and something fails before it runs: a swap, an upload, the launch."""
+        received = self._commit_first()
+        self.scheduler.schedule()
+        self.scheduler.preempt_all()
+        self.blocks.reset_prefix_cache()
+        while self._in_flight:
+            received += self._commit()
+        lost = sum(self._cost(g) for g in self.unfinished)
+        for group in self.unfinished:
+            self._deadlines[group] += lost
+        if self.checked:
+            self.check()
+        return received
+
+    def _commit_first(self) -> list[Sequence]:
+        """Commits what must be known before the next step is planned."""
+        return self._commit() if self._in_flight and self.scheduler.needs_results else []
+
     def _commit(self) -> list[Sequence]:
         plan, results, candidates = self._in_flight.popleft()
         received = self.scheduler.commit(plan, results[:, None], candidates)
@@ -346,20 +387,20 @@ class NullEngine:
         while self.has_work:
             assert self.num_steps <= limit, f"no end after {self.num_steps} steps: {self.unfinished}"
             self.step()
-        assert not self.scheduler.has_work
+        assert not self.unfinished
         assert self.blocks.num_used == 0
         assert not self.blocks.tables.any()
         assert self.scheduler.batch.num_free == len(self.scheduler.batch.by_row)
         assert not self.scheduler.roster.variants
-        assert not self.scheduler._catching_up
-        assert not self.scheduler._followers
+        assert not self.scheduler._admission.catching_up
+        assert not self.scheduler._admission.followers
         assert self.scheduler.swap_space.num_used == 0
 
     # ------------------------------------------------------------------------------------------------ promises
 
     def check(self) -> None:
         self.blocks.check_invariants()
-        assert all(self.scheduler.batch.by_row[s.row] is s for s in self.scheduler._catching_up)
+        assert all(self.scheduler.batch.by_row[s.row] is s for s in self.scheduler._admission.catching_up)
         for group in self.unfinished:
             assert self.num_steps <= self._deadlines[group], f"{group.request_id} starves"
             rows = [s.row for s in group.unfinished]

@@ -23,7 +23,7 @@ requests = st.fixed_dictionaries(
     {
         "prompt": prompts,
         "max_tokens": st.integers(1, 20),
-        "n": st.sampled_from([1, 1, 1, 1, 2, 3]),
+        "n": st.sampled_from([1, 1, 1, 1, 2, 3, 5]),
         "beams": st.sampled_from([False, False, False, True]),
         "stop": st.booleans(),
         "priority": st.integers(-2, 2),
@@ -93,7 +93,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def stop_by_text(self, data):
         """As the output processor does after a commit."""
-        received = self.engine.step()
+        self.stop_some(self.engine.step(), data)
+
+    @precondition(lambda self: self.engine.has_work)
+    @rule(data=st.data())
+    def interrupt(self, data):
+        self.stop_some(self.engine.interrupt(), data)
+
+    def stop_some(self, received, data):
         for sequence in received:
             if not sequence.finished and data.draw(st.booleans()):
                 self.engine.scheduler.finish(sequence, FinishReason.STOP, "text")
@@ -181,6 +188,8 @@ def test_no_block_is_held_after_100_000_random_operations():
             engine.abort(rng.choice(engine.unfinished))
         elif kind < 0.231:
             engine.blocks.reset_prefix_cache()
+        elif kind < 0.232:
+            engine.interrupt()
         else:
             for sequence in engine.step():
                 if rng.random() < 0.01:
@@ -199,3 +208,25 @@ def test_no_block_is_held_after_100_000_random_operations():
     assert engine.blocks.stats.hits > 10_000
     assert engine.blocks.num_copies > 1_000
     assert engine.scheduler.num_swaps_in > 100
+
+
+def test_ten_thousand_queued_requests_all_finish():
+    """All are there before the first step; singles, samples and beams, in a pool that holds a handful of them."""
+    rng = random.Random(7)
+    sizes = {"num_blocks": 20, "block_size": 4, "rows": 16, "max_len": 48, "tile_size": 8, "budget": 48}
+    engine = NullEngine(**sizes, watermark=0.0, swap_blocks=20, checked=False, timed=False)
+    refused = []
+    while len(engine.groups) < 10_000:
+        n, family = rng.choice([1, 1, 1, 1, 2, 4, 20]), rng.choice(FAMILIES)
+        try:
+            engine.add([*family[: rng.randrange(12)], n % VOCAB], rng.randrange(1, 8), n=n, beams=rng.random() < 0.1)
+        except InvalidRequestError as error:
+            refused.append(str(error))
+    assert engine.scheduler.num_waiting == 10_000
+    engine.drain()
+    sequences = [sequence for group in engine.groups for sequence in group.sequences]
+    assert all(len(s.tokens) == s.max_length and s.finish_reason is FinishReason.LENGTH for s in sequences)
+    assert len(refused) > 1_000
+    assert all("max_num_seqs=16" in error or "whole pool has 20" in error for error in refused)
+    assert engine.scheduler.num_preemptions > 1_000
+    assert engine.scheduler.num_swaps_in > 500

@@ -4,6 +4,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+# Far above every published model, far below what would exhaust memory before anybody notices a corrupt number.
+MAX_WIDTH = 1 << 20
+MAX_VOCAB = 1 << 23
+MAX_LAYERS = 4096
+MAX_HEADS = 4096
+MAX_EXPERTS = 1 << 12
+MAX_EXPERTS_IN_ALL = 1 << 18  # of all layers: files hold a tensor for each
+MAX_POSITIONS = 1 << 30
+
 
 class ModelConfigError(ValueError):
     """A configuration value is missing, of the wrong type, not finite, or out of range."""
@@ -34,12 +43,16 @@ class Reader:
     """Typed, bounded look-ups in an untrusted mapping. `where` names the mapping in messages."""
 
     def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self._values = values
+        self.values = values
         self._where = where
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is, unchecked; `default` if absent."""
+        return self.values.get(key, default)
 
     def size(self, key: str, *, maximum: int, default: int | None = None) -> int:
         """An integer in [1, maximum]; `default` stands for an absent or null value."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         value = default if value is None else value
         if value is None:
             raise ModelConfigError(f"{self._where} has no {key!r}, which is required")
@@ -49,31 +62,61 @@ class Reader:
             raise ModelConfigError(f"{self._where}[{key!r}] = {value} must lie in [1, {maximum}]")
         return value
 
+    def count(self, key: str, *, maximum: int, default: int) -> int:
+        """Like `size`, but 0 is allowed."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        return 0 if type(value) is int and value == 0 else self.size(key, maximum=maximum, default=default)
+
     def optional_size(self, key: str, *, maximum: int) -> int | None:
         """Like `size`, but null stays None."""
-        return None if self._values.get(key) is None else self.size(key, maximum=maximum)
+        return None if self.values.get(key) is None else self.size(key, maximum=maximum)
 
     def number(self, key: str, *, low: float, high: float, default: float | None = None) -> float:
         """A finite number in [low, high], where a low of 0 is itself excluded."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         return _bounded(default if value is None else value, f"{self._where}[{key!r}]", low, high)
 
     def optional_number(self, key: str, *, low: float, high: float) -> float | None:
         """Like `number`, but null stays None, and so does 0 (older DeepSeek configurations mean "unset" by
         it)."""
-        return self.number(key, low=low, high=high) if self._values.get(key) else None
+        return self.number(key, low=low, high=high) if self.values.get(key) else None
 
     def numbers(self, key: str, length: int) -> tuple[float, ...]:
         """A list of exactly `length` positive numbers."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         if not isinstance(value, list | tuple) or len(value) != length:
             found = f"{len(value)} values" if isinstance(value, list | tuple) else repr(value)
             raise ModelConfigError(f"{self._where}[{key!r}] must be a list of {length} numbers, got {found}")
         return tuple(_bounded(item, f"{self._where}[{key!r}][{i}]", 0.0, 1e6) for i, item in enumerate(value))
 
+    def choices(self, key: str, allowed: tuple[str, ...], length: int) -> tuple[str, ...]:
+        """A list of exactly `length` of the `allowed` strings; null is the empty tuple.
+
+        Raises:
+            UnsupportedModelError: another string.
+        """
+        value = self.values.get(key)
+        if value is None:
+            return ()
+        if not isinstance(value, list | tuple) or len(value) != length:
+            raise ModelConfigError(f"{self._where}[{key!r}] must be a list of {length} strings, got {value!r:.200}")
+        for item in value:
+            if item not in allowed:
+                raise UnsupportedModelError(
+                    f"{self._where}[{key!r}] holds {item!r}, which is not supported; supported: {', '.join(allowed)}"
+                )
+        return tuple(value)
+
+    def refuse(self, key: str, harmless: Any) -> None:
+        """Raises `UnsupportedModelError` unless the value is absent, null or `harmless`."""
+        value = self.values.get(key)
+        if value is not None and value != harmless:
+            raise UnsupportedModelError(f"{self._where}[{key!r}] = {value!r} is not supported; only {harmless!r} is")
+
     def flag(self, key: str, *, default: bool = False) -> bool:
         """True or false; an absent or null value is the default."""
-        value = self._values.get(key)
+        value = self.values.get(key)
         if value is not None and not isinstance(value, bool):
             raise ModelConfigError(f"{self._where}[{key!r}] must be true or false, got {value!r}")
         return default if value is None else value

@@ -1,0 +1,114 @@
+"""The frame of every family: embeddings, layers, a final norm, logits. One module trains and serves.
+
+hidden, _ = model.apply({"params": params}, tokens)                                  # [B, T] training
+hidden, pool = model.apply({"params": params}, tokens, positions, pool, layout)      # [T]    a paged step
+logits = model.apply({"params": params}, hidden, method=model.logits)
+"""
+
+import functools
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jpaged.models.config import ModelConfig
+from jpaged.models.layers import DecoderLayer
+from jpaged.models.layout import PagedLayout
+from jpaged.models.rope import cos_sin
+
+Pool = tuple[jax.Array, ...]
+"""One array of blocks per layer; see `pallas_kernels.paged_attention` for the layout."""
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_layer(layer: DecoderLayer, variables, *arguments):
+    return layer.apply(variables, *arguments)
+
+
+class CausalLM(nn.Module):
+    """A decoder-only transformer. A family names its layer and overrides what else it does differently.
+
+    Attributes:
+      config: sizes and constants.
+      dtype: of activations and of K and V; sums and logits are float32.
+    """
+
+    config: ModelConfig
+    dtype: jnp.dtype = jnp.dtype("float32")
+
+    layer_class: ClassVar[type[DecoderLayer]]
+
+    def setup(self) -> None:
+        config = self.config
+        self.embed_tokens = nn.Embed(config.vocab_size, self.embedding_size, self.dtype)
+        self.layers = [self.make_layer(index) for index in range(config.num_hidden_layers)]
+        self.norm = self.make_norm()
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, dot_general=_float32_result)
+
+    @property
+    def embedding_size(self) -> int:
+        return self.config.hidden_size
+
+    def make_layer(self, index: int) -> DecoderLayer:
+        return self.layer_class(self.config, self.dtype, self.config.layer(index))
+
+    def make_norm(self) -> nn.Module | None:
+        """The norm after the last layer, if there is one."""
+        return nn.RMSNorm(self.config.norm_eps, self.dtype)
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        """What the first layer sees: int32 [...], int32 [...] -> [..., E]."""
+        return self.embed_tokens(tokens)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        pool: Pool | None = None,
+        layout: PagedLayout | None = None,
+    ) -> tuple[jax.Array, Pool | None]:
+        """The final hidden states, normed.
+
+        Args:
+          tokens: int32 [B, T] without a pool, [T] with one.
+          positions: int32, like tokens; None: 0, 1, 2, ... along the last axis.
+          pool: the paged KV cache, one array a layer. None: the tokens attend to each other, causally.
+          layout: where the tokens' K and V go, and what they attend to. Needed with a pool.
+
+        Returns: (hidden [*tokens.shape, E], pool with the tokens' K and V written, or None).
+        """
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
+        x = self.embed(tokens, positions)
+        ropes = {layer.layer.rope for layer in self.layers}
+        angles = {rope: rope and cos_sin(rope, self.config.rotary_head_dim, positions) for rope in ropes}
+        pools: list[jax.Array | None] = []
+        for i, layer in enumerate(self.layers):
+            x, kv = self._run(layer, x, angles[layer.layer.rope], None if pool is None else pool[i], layout)
+            pools.append(kv)
+        x = x if self.norm is None else self.norm(x)
+        return x, None if pool is None else tuple(kv for kv in pools if kv is not None)
+
+    def _run(self, layer: DecoderLayer, *arguments):
+        if self.is_initializing():
+            return layer(*arguments)
+        # As a jitted function of its parameters, one layer is traced for all: 30 of them take seconds otherwise.
+        return _apply_layer(layer.clone(name=None, parent=None), layer.variables, *arguments)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., E]."""
+        if self.config.tie_word_embeddings:
+            embedding = self.embed_tokens.embedding.astype(self.dtype)
+            return _float32_result(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+        return self.lm_head(hidden)
+
+    def forward_logits(self, tokens: jax.Array) -> jax.Array:
+        """The training forward pass: int32 [B, T] -> float32 logits [B, T, V]. Also what `init` is called with."""
+        return self.logits(self(tokens)[0])
+
+
+def _float32_result(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
+    """dot_general that accumulates and returns float32 whatever its inputs are."""
+    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, jnp.float32)

@@ -1,0 +1,39 @@
+"""Granite: Llama with constant factors on embeddings, scores, residual branches and logits (muP, arXiv 2408.13359)."""
+
+import flax.linen as nn
+import jax
+
+from jpaged.models.causal_lm import CausalLM
+from jpaged.models.config import GraniteConfig
+from jpaged.models.layers import Angles, Attention, DecoderLayer, GatedMLP
+from jpaged.models.layout import PagedLayout
+
+
+class GraniteLayer(DecoderLayer):
+    """Llama's, with a factor on what it adds to the residual stream."""
+
+    config: GraniteConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        factor = self.config.residual_multiplier
+        attention = Attention(self.config, self.dtype, self.layer, name="self_attn")
+        attended, kv = attention(self.rms_norm("input_layernorm")(x), angles, kv, layout)
+        x = x + attended * factor
+        mlp = GatedMLP(self.config, self.dtype, name="mlp")
+        return x + mlp(self.rms_norm("post_attention_layernorm")(x)) * factor, kv
+
+
+class GraniteForCausalLM(CausalLM):
+    """Granite."""
+
+    config: GraniteConfig
+    layer_class = GraniteLayer
+
+    def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+        return super().embed(tokens, positions) * self.config.embedding_multiplier
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        return super().logits(hidden) / self.config.logits_scaling
