@@ -109,7 +109,7 @@ def replay(engine, requests: list[dict]) -> tuple[dict, list[list[int]]]:
             outputs[output.request_id] = output
         slots = int(engine.blocks.counts.sum()) * engine.blocks.block_size
         if slots:
-            waste.append(1 - int(engine.scheduler.position.sum()) / slots)
+            waste.append(1 - int(engine.scheduler.batch.position.sum()) / slots)
     elapsed = time.perf_counter() - start
     done = [outputs[str(i)] for i in range(len(requests))]
     tokens = [output.outputs[0].token_ids for output in done]

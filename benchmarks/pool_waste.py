@@ -111,8 +111,8 @@ class Replay:
     def count(self) -> tuple[int, int, int, int]:
         """Now: (allocated slots, written, reserved, running sequences)."""
         scheduler = self.scheduler
-        written = int(scheduler.position.sum())
-        known = int(np.maximum(scheduler.position, scheduler.target).sum())
+        written = int(scheduler.batch.position.sum())
+        known = int(np.maximum(scheduler.batch.position, scheduler.batch.target).sum())
         return self.blocks.num_used * self.blocks.block_size, written, known - written, len(scheduler.running)
 
 

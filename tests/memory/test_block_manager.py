@@ -1,10 +1,8 @@
-"""BlockManager: tables, sharing and the watermark; and a model of the pool's content under random operations."""
+"""BlockManager: tables, sharing, copy-on-write, parking and the watermark. Random operations:
+test_block_manager_machine.py."""
 
-import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jpaged.memory import BlockManager
 
@@ -176,122 +174,121 @@ def test_check_invariants_looks_at_the_tables_too():
         blocks.check_invariants()
 
 
-FAMILIES = [[0] * 24, [0] * 7 + [1] * 17, [1, 0] * 12]
-prompts = st.builds(
-    lambda family, cut, tail: (family[:cut] + tail) or [0],
-    st.sampled_from(FAMILIES),
-    st.integers(0, 24),
-    st.lists(st.integers(0, 1), max_size=2),
-)
+# --------------------------------------------------------------------------------------- forks and copy-on-write
 
 
-class BlockManagerMachine(RuleBasedStateMachine):
-    """Rows that come, compute, grow and go, over an oracle of what each slot holds.
-
-    The K and V of a token depend on all tokens before it, so the oracle writes the whole prefix (and the salt,
-    which must separate) into every slot that a row computes. Whatever a row is told to be there must be there.
-    """
-
-    ROWS, WIDTH = 4, 12
-
-    @initialize(
-        num_blocks=st.integers(4, 20), size=st.integers(1, 4), caching=st.sampled_from([True, True, True, False])
-    )
-    def start(self, num_blocks, size, caching):
-        self.size, self.caching = size, caching
-        self.blocks = BlockManager(num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching)
-        self.open: dict[int, tuple[str, list[int], int]] = {}  # row -> salt, tokens, how many are computed
-        self.slots: dict[tuple[int, int], tuple] = {}  # (block, offset) -> (salt, tokens up to here)
-
-    def slot(self, row, position):
-        return int(self.blocks.tables[row, position // self.size]), position % self.size
-
-    def erase(self, blocks):
-        """New blocks come with worthless content."""
-        for block in blocks:
-            for offset in range(self.size):
-                self.slots.pop((block, offset), None)
-
-    @precondition(lambda self: len(self.open) < self.ROWS)
-    @rule(
-        tokens=prompts,
-        salt=st.sampled_from(["", "", "", "salt"]),
-        use_cache=st.sampled_from([True, True, True, False]),
-        reserve=st.sampled_from([0, 0, 2]),
-    )
-    def try_open(self, tokens, salt, use_cache, reserve):
-        tokens = tokens[: self.WIDTH * self.size]
-        row = min(set(range(self.ROWS)) - set(self.open))
-        free, tables = self.blocks.num_free, self.blocks.tables.copy()
-        cached = opened(self.blocks, row, tokens, salt=salt, use_cache=use_cache, reserve=reserve)
-        if cached is None:
-            assert free < self.blocks.blocks_for(len(tokens)) + reserve
-            assert self.blocks.num_free == free
-            np.testing.assert_array_equal(self.blocks.tables, tables)
-            return
-        assert self.blocks.num_free >= reserve
-        assert self.blocks.counts[row] == self.blocks.blocks_for(len(tokens))
-        assert cached < len(tokens)
-        assert cached % self.size == 0
-        assert not cached or (use_cache and self.caching)
-        held = {b for other in self.open for b in tables[other, : self.blocks.counts[other]].tolist()}
-        fresh = self.blocks.tables[row, cached // self.size : self.blocks.counts[row]].tolist()
-        assert not held & set(fresh), "a block that will be written belongs to one row"
-        self.erase(fresh)
-        self.open[row] = salt, list(tokens), cached
-
-    @precondition(lambda self: any(done < len(tokens) for _, tokens, done in self.open.values()))
-    @rule(data=st.data(), count=st.sampled_from([1, 3, 24, 24]))
-    def compute(self, data, count):
-        """A step computes a row's next tokens; then its full blocks are sealed."""
-        row = data.draw(st.sampled_from([r for r, (_, tokens, done) in self.open.items() if done < len(tokens)]))
-        salt, tokens, done = self.open[row]
-        upto = min(done + count, len(tokens))
-        for position in range(done, upto):
-            self.slots[self.slot(row, position)] = salt, tuple(tokens[: position + 1])
-        self.open[row] = salt, tokens, upto
-        self.blocks.seal(row, tokens, upto)
-
-    @precondition(lambda self: any(done == len(tokens) for _, tokens, done in self.open.values()))
-    @rule(token=st.integers(0, 1))
-    def decode(self, token):
-        """All rows whose tokens are computed get one more, and a block for it where the last is full."""
-        rows = [r for r, (_, tokens, done) in self.open.items() if done == len(tokens) < self.WIDTH * self.size]
-        full = [r for r in rows if len(self.open[r][1]) == self.blocks.counts[r] * self.size]
-        if len(full) > self.blocks.num_free:
-            return
-        new = grown(self.blocks, full)
-        assert [self.blocks.tables[r, self.blocks.counts[r] - 1] for r in full] == new
-        self.erase(new)
-        for row in rows:
-            self.open[row][1].append(token)
-
-    @precondition(lambda self: self.open)
-    @rule(data=st.data(), reset=st.sampled_from([False] * 7 + [True]))
-    def close(self, data, reset):
-        row = data.draw(st.sampled_from(sorted(self.open)))
-        self.blocks.close(row)
-        del self.open[row]
-        if reset:
-            self.blocks.reset_prefix_cache()
-            assert self.blocks.allocator.num_cached == 0
-
-    @invariant()
-    def every_computed_slot_holds_what_its_row_computed(self):
-        if not hasattr(self, "blocks"):
-            return
-        self.blocks.check_invariants()
-        for row, (salt, tokens, done) in self.open.items():
-            for position in range(done):
-                assert self.slots.get(self.slot(row, position)) == (salt, tuple(tokens[: position + 1]))
-
-    def teardown(self):
-        if hasattr(self, "blocks"):
-            for row in self.open:
-                self.blocks.close(row)
-            assert (self.blocks.num_used, self.blocks.tables.any()) == (0, False)
-            self.blocks.check_invariants()
+def decoded(blocks, rows, position):
+    """One token of each row is about to be written at one position; (new blocks, copies)."""
+    rows = np.array(rows, np.int32)
+    writes = blocks.writes(rows, np.full(len(rows), position, np.int32))
+    free = blocks.num_free
+    new, copies = blocks.make_writable(writes)
+    assert free - blocks.num_free == writes.num_blocks
+    blocks.check_invariants()
+    return new.tolist(), copies
 
 
-TestBlockManagerMachine = BlockManagerMachine.TestCase
-TestBlockManagerMachine.settings = settings(max_examples=100, stateful_step_count=40)
+def test_a_fork_shares_every_block_and_costs_none():
+    blocks = manager()
+    opened(blocks, 0, range(10))
+    blocks.fork(0, 1)
+    blocks.fork(1, 2)
+    assert (blocks.tables[[1, 2]] == blocks.tables[0]).all()
+    assert blocks.num_used == 3
+    blocks.check_invariants()
+
+
+def test_the_last_of_those_who_share_a_block_writes_in_place():
+    blocks = manager()
+    opened(blocks, 0, range(10))
+    for row in (1, 2):
+        blocks.fork(0, row)
+    new, copies = decoded(blocks, [0, 1, 2], 10)
+    assert (new, copies) == ([4, 5, 0], [(3, 4), (3, 5)])
+    assert blocks.tables[[0, 1, 2], 2].tolist() == [4, 5, 3]
+    assert (blocks.tables[:3, :2] == [1, 2]).all(), "full blocks stay shared"
+    assert decoded(blocks, [0, 1, 2], 11) == ([0, 0, 0], []), "it is done once"
+    assert blocks.num_copies == 2
+
+
+def test_who_writes_alone_copies_and_leaves_the_block_to_the_others():
+    blocks = manager()
+    opened(blocks, 0, range(10))
+    for row in (1, 2):
+        blocks.fork(0, row)
+    assert decoded(blocks, [1], 10) == ([4], [(3, 4)])
+    assert blocks.tables[[0, 2], 2].tolist() == [3, 3]
+    blocks.close(0)
+    assert decoded(blocks, [2], 10) == ([0], []), "nobody else is left"
+
+
+def test_behind_a_full_block_everyone_gets_a_fresh_one():
+    blocks = manager()
+    opened(blocks, 0, range(8))
+    blocks.fork(0, 1)
+    assert decoded(blocks, [0, 1], 8) == ([3, 4], [])
+    assert blocks.num_copies == 0
+
+
+def test_a_fork_knows_the_chain_of_its_blocks():
+    """What it fills is found by whoever has the same tokens, under the same salt."""
+    blocks = manager(num_blocks=12)
+    prompt = list(range(8))
+    computed(blocks, 0, prompt, salt="a")
+    blocks.fork(0, 1)
+    for position in range(8, 12):
+        decoded(blocks, [1], position)
+    blocks.seal(1, [*prompt, 7, 7, 7, 7], 12)
+    blocks.close(0)
+    blocks.close(1)
+    assert opened(blocks, 0, [*prompt, 7, 7, 7, 7, 0], salt="a") == 12
+    assert opened(blocks, 1, [*prompt, 7, 7, 7, 7, 0]) == 0
+
+
+def test_rows_that_begin_alike_are_opened_together_and_share():
+    """What they have in common is computed by the first of them; each computes its own last token."""
+    blocks = manager(num_blocks=12)
+    rows = [[*range(9), 50], [*range(9), 51], [*range(8)], [*range(4), 9]]
+    assert blocks.try_open([0, 1, 2, 3], rows) == [0, 8, 4, 4]
+    assert blocks.tables[1, :2].tolist() == blocks.tables[0, :2].tolist()
+    assert blocks.tables[2, 0] == blocks.tables[3, 0] == blocks.tables[0, 0]
+    assert blocks.num_used == 3 + 1 + 1 + 1
+    blocks.check_invariants()
+    assert blocks.try_open([3], [list(range(100, 140))]) is None
+
+
+# -------------------------------------------------------------------------------------------------- parked tables
+
+
+def test_a_parked_table_keeps_its_blocks_and_frees_its_row():
+    blocks = manager(enable_prefix_caching=False)
+    opened(blocks, 0, range(14))
+    table = blocks.park(0, 9)
+    assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([1, 2, 3], 9, 3)
+    assert not blocks.tables.any()
+    other = blocks.fork_parked(table)
+    assert blocks.num_used == 3
+    blocks.truncate_parked(table, 4)
+    assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([1], 4, 3)
+    blocks.check_invariants()
+    blocks.release_parked(other)
+    assert blocks.num_used == 1
+    blocks.release_parked(other)  # again: no harm
+    blocks.release_parked(table)
+    assert blocks.num_used == 0
+    blocks.check_invariants()
+
+
+def test_who_has_been_parked_longest_is_reclaimed_first():
+    blocks = manager(enable_prefix_caching=False)
+    tables = []
+    for row, length in ((0, 8), (1, 8), (2, 8)):
+        opened(blocks, row, range(length))
+        tables.append(blocks.park(row, length))
+    blocks.reclaim(2)
+    assert [len(t.blocks) for t in tables] == [2, 2, 2], "there were two free blocks"
+    blocks.reclaim(5)
+    assert [len(t.blocks) for t in tables] == [0, 0, 2]
+    blocks.reclaim(99)
+    assert blocks.num_used == 0
+    blocks.check_invariants()

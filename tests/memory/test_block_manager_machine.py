@@ -1,0 +1,319 @@
+"""BlockManager and SwapSpace under random operations, over a model of what every slot of the pool holds."""
+
+import dataclasses
+
+import hypothesis.strategies as st
+import numpy as np
+from hypothesis import settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from jpaged.memory import BlockManager, Swapped, SwapSpace, Table
+
+FAMILIES = [[0] * 24, [0] * 7 + [1] * 17, [1, 0] * 12]
+prompts = st.builds(
+    lambda family, cut, tail: (family[:cut] + tail) or [0],
+    st.sampled_from(FAMILIES),
+    st.integers(0, 24),
+    st.lists(st.integers(0, 1), max_size=2),
+)
+
+
+@dataclasses.dataclass
+class Text:
+    """What a row or a parked table stands for."""
+
+    salt: str
+    tokens: list[int]
+    done: int
+    """Tokens whose K and V have been computed."""
+
+    @property
+    def caught_up(self):
+        return self.done == len(self.tokens)
+
+    def copy(self):
+        return Text(self.salt, list(self.tokens), self.done)
+
+    def content(self, position):
+        """The K and V of a token depend on all tokens before it (and salts must separate): so this names them."""
+        return self.salt, tuple(self.tokens[: position + 1])
+
+
+class BlockManagerMachine(RuleBasedStateMachine):
+    """Rows come, compute, fork, write, leave for host memory or the car park, and go.
+
+    The oracle does what a device would: it writes, copies and moves contents where it is told to. Whatever a row or a
+    table is told to hold must be there, whoever wrote, copied, evicted or moved in the meantime.
+    """
+
+    ROWS, WIDTH = 6, 12
+
+    @initialize(
+        num_blocks=st.integers(4, 24),
+        size=st.integers(1, 4),
+        caching=st.sampled_from([True, True, True, False]),
+        room=st.sampled_from([0, 3, 50]),
+    )
+    def start(self, num_blocks, size, caching, room):
+        self.size, self.caching = size, caching
+        self.blocks = BlockManager(num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching)
+        self.space = SwapSpace(self.blocks, room)
+        self.open: dict[int, Text] = {}
+        self.parked: dict[Table, Text] = {}
+        self.swapped: dict[Swapped, list[Text]] = {}
+        self.pool: dict[int, list] = {}  # block -> what its slots hold
+
+    def slot(self, row, position):
+        return int(self.blocks.tables[row, position // self.size]), position % self.size
+
+    def write(self, row, position):
+        block, offset = self.slot(row, position)
+        self.pool[block][offset] = self.open[row].content(position)
+
+    def erase(self, blocks):
+        """New blocks come with worthless content."""
+        for block in blocks:
+            self.pool[block] = [None] * self.size
+
+    def free_rows(self):
+        return sorted(set(range(self.ROWS)) - set(self.open))
+
+    def rows(self, caught_up=True):
+        return [row for row, text in self.open.items() if text.caught_up == caught_up]
+
+    # ------------------------------------------------------------------------------------------- open and compute
+
+    @precondition(lambda self: len(self.open) < self.ROWS)
+    @rule(
+        tokens=prompts,
+        salt=st.sampled_from(["", "", "", "salt"]),
+        use_cache=st.sampled_from([True, True, True, False]),
+        reserve=st.sampled_from([0, 0, 2]),
+    )
+    def try_open(self, tokens, salt, use_cache, reserve):
+        tokens = tokens[: self.WIDTH * self.size]
+        row = self.free_rows()[0]
+        free, tables = self.blocks.num_free, self.blocks.tables.copy()
+        opened = self.blocks.try_open([row], [tokens], salt=salt, use_cache=use_cache, reserve=reserve)
+        if opened is None:
+            assert free < self.blocks.blocks_for(len(tokens)) + reserve
+            assert self.blocks.num_free == free
+            np.testing.assert_array_equal(self.blocks.tables, tables)
+            return
+        [cached] = opened
+        assert self.blocks.num_free >= reserve
+        assert self.blocks.counts[row] == self.blocks.blocks_for(len(tokens))
+        assert cached < len(tokens)
+        assert cached % self.size == 0
+        assert not cached or (use_cache and self.caching)
+        fresh = self.blocks.tables[row, cached // self.size : self.blocks.counts[row]].tolist()
+        assert (self.blocks.allocator.refs[fresh] == 1).all(), "a block that will be written belongs to one row"
+        self.erase(fresh)
+        self.open[row] = Text(salt, list(tokens), cached)
+
+    @precondition(lambda self: len(self.open) <= self.ROWS - 2)
+    @rule(first=prompts, cut=st.integers(1, 24), tail=st.lists(st.integers(0, 1), min_size=1, max_size=6))
+    def try_open_together(self, first, cut, tail):
+        """Two rows that begin alike: the first computes what they have in common."""
+        limit, rows = self.WIDTH * self.size, self.free_rows()[:2]
+        lists = [first[:limit], (first[:cut] + tail)[:limit]]
+        opened = self.blocks.try_open(rows, lists)
+        if opened is None:
+            return
+        for row, tokens, cached in zip(rows, lists, opened, strict=True):
+            assert cached < len(tokens)
+            self.erase(self.blocks.tables[row, cached // self.size : self.blocks.counts[row]].tolist())
+            self.open[row] = Text("", list(tokens), cached)
+            self.advance(row, len(tokens))
+
+    @precondition(lambda self: self.rows(caught_up=False))
+    @rule(data=st.data(), count=st.sampled_from([1, 3, 24, 24]))
+    def compute(self, data, count):
+        """A step computes a row's next tokens; then its full blocks are sealed."""
+        row = data.draw(st.sampled_from(self.rows(caught_up=False)))
+        self.advance(row, min(self.open[row].done + count, len(self.open[row].tokens)))
+
+    def advance(self, row, upto):
+        text = self.open[row]
+        for position in range(text.done, upto):
+            self.write(row, position)
+        text.done = upto
+        self.blocks.seal(row, text.tokens, upto)
+
+    # -------------------------------------------------------------------------------------------- forks and writes
+
+    @precondition(lambda self: self.rows() and len(self.open) < self.ROWS)
+    @rule(data=st.data())
+    def fork(self, data):
+        source, row = data.draw(st.sampled_from(self.rows())), self.free_rows()[0]
+        used = self.blocks.num_used
+        self.blocks.fork(source, row)
+        assert self.blocks.num_used == used
+        self.open[row] = self.open[source].copy()
+
+    @precondition(lambda self: self.rows())
+    @rule(data=st.data(), everyone=st.booleans(), tokens=st.lists(st.integers(0, 1), min_size=ROWS, max_size=ROWS))
+    def decode(self, data, everyone, tokens):
+        """All rows that have caught up, or some of them, get a token each and compute it: the device copies, then writes."""
+        rows = [row for row in self.rows() if self.open[row].done < self.WIDTH * self.size]
+        if not everyone:
+            rows = [row for row in rows if data.draw(st.booleans())]
+        positions = [self.open[row].done for row in rows]
+        writes = self.blocks.writes(np.array(rows, np.int32), np.array(positions, np.int32))
+        if writes.num_blocks > self.blocks.num_free:
+            return
+        free, num_copies = self.blocks.num_free, self.blocks.num_copies
+        before = self.blocks.tables.copy()
+        new, copies = self.blocks.make_writable(writes)
+        assert free - self.blocks.num_free == writes.num_blocks == (new > 0).sum()
+        assert self.blocks.num_copies - num_copies == len(copies)
+        for row, block, position in zip(rows, new.tolist(), positions, strict=True):
+            if block:  # which is all that the device is told
+                before[row, position // self.size] = block
+        np.testing.assert_array_equal(self.blocks.tables, before)
+        sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
+        assert not sources & set(destinations)
+        contents = [list(self.pool[source]) for source, _ in copies]
+        self.erase(new[new > 0].tolist())
+        for destination, content in zip(destinations, contents, strict=True):
+            self.pool[destination] = content
+        slots = [self.slot(row, position) for row, position in zip(rows, positions, strict=True)]
+        assert len(set(slots)) == len(slots)
+        assert all(self.blocks.allocator.is_writable(block) for block, _ in slots)
+        for row, token in zip(rows, tokens, strict=False):
+            self.open[row].tokens.append(token)
+            self.advance(row, len(self.open[row].tokens))
+
+    # ------------------------------------------------------------------------------------------------------- swap
+
+    @precondition(lambda self: self.rows())
+    @rule(data=st.data())
+    def swap_out(self, data):
+        rows = data.draw(st.lists(st.sampled_from(self.rows()), min_size=1, unique=True))
+        held = {b for row in rows for b in self.blocks.tables[row, : self.blocks.counts[row]].tolist()}
+        used, tables = self.space.num_used, self.blocks.tables.copy()
+        swapped = self.space.try_out(rows, [self.open[row].done for row in rows])
+        if swapped is None:
+            assert used + len(held) > self.space.capacity
+            assert self.space.num_used == used
+            np.testing.assert_array_equal(self.blocks.tables, tables)
+            return
+        assert sorted(swapped.blocks.tolist()) == sorted(held), "each block leaves once"
+        assert self.space.num_used == used + len(held) <= self.space.capacity
+        swapped.contents = [list(self.pool[block]) for block in swapped.blocks.tolist()]
+        self.swapped[swapped] = [self.open.pop(row) for row in rows]
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data(), everyone=st.booleans())
+    def swap_in(self, data, everyone):
+        swapped = data.draw(st.sampled_from(list(self.swapped)))
+        texts = self.swapped[swapped]
+        which = [i for i in range(len(texts)) if everyone or data.draw(st.booleans())]
+        if not which or len(which) > len(self.free_rows()):
+            return
+        need = self.space.blocks_needed(swapped, which)
+        if need > self.blocks.num_free:
+            return
+        rows, free, used = self.free_rows()[: len(which)], self.blocks.num_free, self.space.num_used
+        indices, blocks = self.space.back_in(swapped, which, rows)
+        assert len(indices) == len(blocks) == need == free - self.blocks.num_free
+        assert self.space.num_used == used - len(swapped.blocks)
+        for index, block in zip(indices.tolist(), blocks.tolist(), strict=True):
+            self.pool[block] = list(swapped.contents[index])
+        for i, row in zip(which, rows, strict=True):
+            assert swapped.positions[i] == texts[i].done
+            self.open[row] = texts[i]
+        del self.swapped[swapped]
+
+    @precondition(lambda self: self.swapped)
+    @rule(data=st.data())
+    def forget(self, data):
+        swapped = data.draw(st.sampled_from(list(self.swapped)))
+        self.space.forget(swapped)
+        del self.swapped[swapped]
+
+    # ------------------------------------------------------------------------------------------------------- park
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data())
+    def park(self, data):
+        row = data.draw(st.sampled_from(sorted(self.open)))
+        text = self.open.pop(row)
+        self.parked[self.blocks.park(row, text.done)] = text
+
+    @precondition(lambda self: self.parked)
+    @rule(data=st.data())
+    def fork_parked(self, data):
+        table = data.draw(st.sampled_from(list(self.parked)))
+        used = self.blocks.num_used
+        self.parked[self.blocks.fork_parked(table)] = self.parked[table].copy()
+        assert self.blocks.num_used == used
+
+    @precondition(lambda self: self.parked)
+    @rule(data=st.data(), cut=st.integers(0, 24))
+    def truncate_parked(self, data, cut):
+        table = data.draw(st.sampled_from(list(self.parked)))
+        self.blocks.truncate_parked(table, cut)
+        text = self.parked[table]
+        text.done = min(text.done, cut)
+        del text.tokens[text.done :]
+
+    @precondition(lambda self: self.parked)
+    @rule(data=st.data())
+    def release_parked(self, data):
+        table = data.draw(st.sampled_from(list(self.parked)))
+        self.blocks.release_parked(table)
+        del self.parked[table]
+
+    @precondition(lambda self: self.parked)
+    @rule(wanted=st.integers(0, 24))
+    def reclaim(self, wanted):
+        self.blocks.reclaim(wanted)
+        kept = [table in self.blocks._parked for table in self.parked]
+        assert kept == sorted(kept), "those that were parked first went first"
+        assert self.blocks.num_free >= wanted or not any(kept)
+        for table in [table for table, stays in zip(self.parked, kept, strict=True) if not stays]:
+            assert (len(table.blocks), table.num_computed) == (0, 0)
+            del self.parked[table]
+
+    # ---------------------------------------------------------------------------------------------------- the end
+
+    @precondition(lambda self: self.open)
+    @rule(data=st.data(), reset=st.sampled_from([False] * 7 + [True]))
+    def close(self, data, reset):
+        row = data.draw(st.sampled_from(sorted(self.open)))
+        self.blocks.close(row)
+        del self.open[row]
+        if reset:
+            self.blocks.reset_prefix_cache()
+            assert self.blocks.allocator.num_cached == 0
+
+    @invariant()
+    def everything_computed_is_where_it_should_be(self):
+        if not hasattr(self, "blocks"):
+            return
+        self.blocks.check_invariants()
+        for row, text in self.open.items():
+            for position in range(text.done):
+                block, offset = self.slot(row, position)
+                assert self.pool[block][offset] == text.content(position)
+        for table, text in self.parked.items():
+            assert table.num_computed == text.done
+            for position in range(text.done):
+                assert self.pool[table.blocks[position // self.size]][position % self.size] == text.content(position)
+
+    def teardown(self):
+        if not hasattr(self, "blocks"):
+            return
+        for row in self.open:
+            self.blocks.close(row)
+        for table in self.parked:
+            self.blocks.release_parked(table)
+        for swapped in self.swapped:
+            self.space.forget(swapped)
+        assert (self.blocks.num_used, self.blocks.tables.any(), self.space.num_used) == (0, False, 0)
+        self.blocks.check_invariants()
+
+
+TestBlockManagerMachine = BlockManagerMachine.TestCase
+TestBlockManagerMachine.settings = settings(max_examples=100, stateful_step_count=50)
