@@ -22,6 +22,8 @@ from jpaged.errors import InvalidRequestError
 from jpaged.memory import BlockManager
 from jpaged.memory.block_manager import Writes
 from jpaged.scheduling import Scheduler, StepPlan, beams
+from jpaged.scheduling.admission import Admission
+from jpaged.scheduling.draft import Draft
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup
 
 Estimate = Callable[[int, int, int], int]
@@ -115,6 +117,26 @@ class ReservingBlockManager(BlockManager):
         self._filled[row] = filled
 
 
+class ReservingAdmission(Admission):
+    """Gives a group the room that its scheduler reserves for it, or nothing at all."""
+
+    def __init__(self, scheduler: "OrcaScheduler") -> None:
+        super().__init__(scheduler.blocks, scheduler.batch)
+        self._scheduler, self._pool = scheduler, scheduler.blocks
+
+    def try_admit(self, group: SequenceGroup, draft: Draft, *, reserve: int) -> bool:
+        sequences, tokens = group.unfinished, self._scheduler.reservation(group)
+        if not self._scheduler.may_start(group) or not self._pool.fits(len(sequences), tokens):
+            return False
+        self._pool.wanted = tokens
+        if not super().try_admit(group, draft, reserve=reserve):
+            return False
+        for sequence in sequences:
+            if not self._pool.counts[sequence.row]:  # it will fork from another when the prompt has been computed
+                self._pool.reserve(sequence.row, tokens)
+        return True
+
+
 class OrcaScheduler(Scheduler):
     """First come, first served; a group starts when the room of all its sequences can be reserved.
 
@@ -129,6 +151,7 @@ class OrcaScheduler(Scheduler):
     def __init__(self, *args, estimate: Estimate, longest: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.estimate, self.longest = estimate, longest
+        self._admission = ReservingAdmission(self)
 
     def reservation(self, group: SequenceGroup) -> int:
         """Tokens that each of a group's sequences reserves."""
@@ -150,15 +173,8 @@ class OrcaScheduler(Scheduler):
             )
         super().add(group)
 
-    def _open(self, group: SequenceGroup) -> bool:
-        sequences, tokens = group.unfinished, self.reservation(group)
-        if not self.blocks.fits(len(sequences), tokens):
-            return False
-        self.blocks.wanted = tokens
-        super()._open(group)
-        for sequence in sequences:
-            if not self.blocks.counts[sequence.row]:  # it will fork from another when the prompt has been computed
-                self.blocks.reserve(sequence.row, tokens)
+    def may_start(self, group: SequenceGroup) -> bool:
+        """Whether it is a group's turn, once its room can be reserved."""
         return True
 
 
@@ -185,7 +201,10 @@ class FasterTransformerScheduler(OrcaScheduler):
     def schedule(self) -> StepPlan | None:
         if not self.running:
             self._form_batch()
-        return super().schedule()
+        plan = super().schedule()
+        for sequence in plan.admitted if plan is not None else ():
+            self.batch.end[sequence.row] = self.reservation(sequence.group) - 1
+        return plan
 
     def _form_batch(self) -> None:
         self._members, self._output = set(), 0
@@ -199,12 +218,8 @@ class FasterTransformerScheduler(OrcaScheduler):
             self._members.add(group)
             self._output = output
 
-    def _open(self, group: SequenceGroup) -> bool:
-        if group not in self._members or not super()._open(group):
-            return False
-        for sequence in group.unfinished:
-            self.batch.end[sequence.row] = self.reservation(group) - 1
-        return True
+    def may_start(self, group: SequenceGroup) -> bool:
+        return group in self._members
 
     def commit(self, plan: StepPlan, results: np.ndarray, candidates: beams.Candidates | None = None) -> list[Sequence]:
         """Appends the sampled tokens to the outputs that are not complete; ends all when the last one is.
