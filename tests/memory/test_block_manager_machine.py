@@ -91,7 +91,17 @@ class BlockManagerMachine(RuleBasedStateMachine):
         reserve=st.sampled_from([0, 0, 2]),
     )
     def try_open(self, tokens, salt, use_cache, reserve):
-        tokens = tokens[: self.WIDTH * self.size]
+        self.open_one(tokens[: self.WIDTH * self.size], salt, use_cache, reserve)
+
+    @precondition(lambda self: self.open and len(self.open) < self.ROWS)
+    @rule(data=st.data(), cut=st.integers(0, 8))
+    def try_open_what_others_are_made_of(self, data, cut):
+        """The beginning of one text and the end of another: the chain of neither may lead to the other's blocks."""
+        one, other = (self.open[data.draw(st.sampled_from(sorted(self.open)))] for _ in range(2))
+        cut *= self.size
+        self.open_one((one.tokens[:cut] + other.tokens[cut:] + [0])[: self.WIDTH * self.size], one.salt, True, 0)
+
+    def open_one(self, tokens, salt, use_cache, reserve):
         row = self.free_rows()[0]
         free, tables = self.blocks.num_free, self.blocks.tables.copy()
         opened = self.blocks.try_open([row], [tokens], salt=salt, use_cache=use_cache, reserve=reserve)

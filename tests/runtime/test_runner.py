@@ -40,6 +40,21 @@ def test_pool_stays_where_it_is(tiny):
     assert [layer.unsafe_buffer_pointer() for layer in engine.runner.pool] == pointers
 
 
+def test_pool_stays_where_it_is_while_blocks_are_copied_and_swapped(tiny):
+    """Copy-on-write, inside the step, and blocks that come back from host memory change it in place."""
+    engine = tiny(num_blocks=36, enable_prefix_caching=False, swap_blocks=100)
+    pointers = [layer.unsafe_buffer_pointer() for layer in engine.runner.pool]
+    for i in range(3):
+        prompt = {"prompt_token_ids": [5 + i] * 21}
+        engine.add_request(f"{i}", prompt, SamplingParams(n=4, max_tokens=24, seed=i, ignore_eos=True))
+        beams = SamplingParams(n=4, use_beam_search=True, temperature=0, max_tokens=12, ignore_eos=True)
+        engine.add_request(f"beams {i}", prompt, beams)
+    run(engine)
+    assert engine.blocks.num_copies > 10
+    assert engine.scheduler.num_swaps_in > 0
+    assert [layer.unsafe_buffer_pointer() for layer in engine.runner.pool] == pointers
+
+
 def test_params_are_not_copied(tiny):
     """The checkpoint's arrays are the device's arrays (CPU): no second copy of the weights."""
     import checkpoints
