@@ -10,6 +10,7 @@ from pathlib import Path
 
 from jpaged.config import EngineConfig
 from jpaged.engine import LLMEngine
+from jpaged.llm import LLM
 from jpaged.memory import BlockManager
 from jpaged.scheduling import Scheduler
 from jpaged.scheduling.scheduler import PreemptionMode
@@ -52,6 +53,13 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
         return LLMEngine(settings, components=mine)
 
     return make
+
+
+def llm_of(engine: LLMEngine) -> LLM:
+    """The offline API around an engine that shares the loaded model."""
+    llm = LLM.__new__(LLM)
+    llm.engine, llm._next_id = engine, 0
+    return llm
 
 
 def run(engine: LLMEngine, *, check: bool = True, after_step: Callable[[int], None] | None = None) -> dict:

@@ -5,16 +5,10 @@ import random
 import pytest
 
 from jpaged.errors import InvalidRequestError, JpagedError
-from jpaged.llm import LLM
 from jpaged.sampling_params import SamplingParams
+from tests.engine.support import llm_of
 
 PROMPT = {"prompt_token_ids": [random.Random(1).randrange(300) for _ in range(30)]}
-
-
-def llm_of(engine) -> LLM:
-    llm = LLM.__new__(LLM)  # the offline API around an engine that shares the loaded model
-    llm.engine, llm._next_id = engine, 0
-    return llm
 
 
 def fresh(session, number):
@@ -130,6 +124,17 @@ def test_pins_leave_room_for_what_waits_and_runs(tiny):
         prefix.pin()
     engine.abort("large")
     prefix.pin()
+
+
+def test_forks_do_not_see_what_becomes_of_each_others_tokens(tiny):
+    first = llm_of(tiny(num_blocks=60)).session(PROMPT)
+    second, third = first.fork(2)
+    first.truncate(7)
+    second.append([5])
+    third.sample(SamplingParams(max_tokens=1))
+    prompt = PROMPT["prompt_token_ids"]
+    assert (first.token_ids, second.token_ids) == (prompt[:7], [*prompt, 5])
+    assert (third.token_ids[:30], len(third)) == (prompt, 31)
 
 
 def test_misuse_is_refused(tiny):
