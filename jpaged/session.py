@@ -58,7 +58,7 @@ class Session:
         """n more sessions with the same tokens, over the same blocks."""
         table, blocks = self.open_holder.table, self._llm.engine.blocks
         holders = [Holder(None if table is None else blocks.fork_parked(table)) for _ in range(n)]
-        return [Session(self._llm, self.token_ids.copy(), self.cache_salt, holder) for holder in holders]
+        return [Session(self._llm, self.token_ids, self.cache_salt, holder) for holder in holders]
 
     def append(self, tokens: str | Sequence[int]) -> None:
         """Adds text or token ids at the end.
@@ -82,7 +82,7 @@ class Session:
         table = self.open_holder.table
         if table is not None:
             self._llm.engine.blocks.truncate_parked(table, length)
-        del self.token_ids[length:]
+        self.token_ids = self.token_ids[:length]  # a new list: forks share the old one
 
     def sample(self, params: SamplingParams | None = None) -> CompletionOutput:
         """Generates, and keeps what was generated; for several sessions at once see `LLM.sample`."""

@@ -1,0 +1,129 @@
+"""Best-first tree search with sessions: the likeliest sentences that go on from a text and have a given word in them.
+
+    uv run --group demo python docs/examples/tree_search.py
+
+Greedy decoding takes the best token at every step, and misses the best sentence. Here every branch of a tree is a
+session. The most promising ones are expanded together: one batch for their next tokens, one fork for each token that
+may lead to something better. Log-probabilities only fall: a branch that is no better than the last of the sentences
+that are wanted is dead, and closed. When none is left, no sentence of the 20 likeliest tokens at a time is better.
+"""
+
+import bisect
+import dataclasses
+import heapq
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+from jpaged import LLM, SamplingParams, Session
+
+WORD = "sea"
+PROMPT = (
+    "A story for small children. Once upon a time there was a little boat with a white sail. It lived in a quiet "
+    "harbour and dreamed of islands far away. One bright morning the wind came up. The little boat"
+)
+
+
+@dataclasses.dataclass(order=True)
+class Branch:
+    cost: float  # the smallest is expanded first
+    logprob: float  # summed over the tokens after the prompt
+    session: Session = dataclasses.field(compare=False)
+
+
+def close(branches: Iterable[Branch]) -> None:
+    for branch in branches:
+        branch.session.close()
+
+
+class Search:
+    """A* over the continuations of a session, which stays the caller's.
+
+    Args:
+      goal: of the tokens after the prompt: reached (True), out of reach (False), or neither yet (None).
+      wanted: branches that shall reach the goal.
+      hope: a guess of what is still to come: log-probability that a branch is forgiven for each of its tokens. With 0
+        goals are found in their order, and late; with more, the first ones are found soon and cut off the rest.
+    """
+
+    def __init__(self, llm: LLM, root: Session, goal: Callable, *, wanted=5, branching=20, hope=1.0) -> None:
+        self.llm, self.goal, self.wanted, self.branching, self.hope = llm, goal, wanted, branching, hope
+        self.start, self.found = len(root), list[Branch]()  # the best first
+        self.frontier = [Branch(0.0, 0.0, *root.fork())]  # a heap
+        self.bar = float("-inf")  # what a branch must be better than
+        self.branches = self.expanded = self.computed = self.unshared = self.blocks = self.entries = 0
+
+    def run(self, *, budget: int = 2000, width: int = 16) -> list[Branch]:
+        while self.frontier and self.expanded < budget:
+            self.step(width)
+        close(self.frontier)
+        return self.found
+
+    def step(self, width: int) -> None:
+        """Expands the most promising branches together, and closes them and all that are dead."""
+        batch = [heapq.heappop(self.frontier) for _ in range(min(width, len(self.frontier)))]
+        sessions, blocks = [branch.session for branch in batch], self.llm.engine.blocks
+        self.expanded += len(batch)
+        self.unshared += sum(map(len, sessions))
+        self.computed += sum(max(1, len(s) - s.num_computed_tokens) for s in sessions)
+        for branch, options in zip(batch, self.llm.next_logprobs(sessions, self.branching), strict=True):
+            for token, option in options.items():
+                self.grow(branch, token, branch.logprob + option.logprob)
+        tables = (branch.session.num_computed_tokens for branch in batch + self.frontier + self.found)
+        self.entries, self.blocks = max(
+            (self.entries, self.blocks), (sum(map(blocks.blocks_for, tables)), blocks.num_used)
+        )
+        close(batch + [branch for branch in self.frontier if branch.logprob <= self.bar])
+        self.frontier = [branch for branch in self.frontier if branch.logprob > self.bar]
+        heapq.heapify(self.frontier)
+
+    def grow(self, parent: Branch, token: int, logprob: float) -> None:
+        tokens = [*parent.session.token_ids[self.start :], token]
+        if logprob <= self.bar or (reached := self.goal(tokens)) is False:
+            return
+        [session] = parent.session.fork()
+        session.append([token])
+        branch = Branch(-logprob - self.hope * len(tokens), logprob, session)
+        self.branches += 1
+        if not reached:
+            heapq.heappush(self.frontier, branch)
+            return
+        bisect.insort(self.found, branch, key=lambda b: -b.logprob)
+        close(self.found[self.wanted :])
+        del self.found[self.wanted :]
+        self.bar = self.found[-1].logprob if len(self.found) == self.wanted else self.bar
+
+
+def draw(ways: list[tuple[list[int], float]], decode: Callable, indent: str = "") -> Iterator[str]:
+    """The tree of some (tokens, log-probability), a line for each stretch without a fork."""
+    common = sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*(t for t, _ in ways), strict=False)))
+    end = f"{ways[0][1]:8.2f}" if len(ways) == 1 else " " * 8
+    yield f"{end}  {indent}{decode(ways[0][0][:common]).strip() or '*'}"
+    for first in dict.fromkeys(tokens[common] for tokens, _ in ways if len(tokens) > common):
+        yield from draw([(t[common:], p) for t, p in ways if t[common] == first], decode, indent + "    ")
+
+
+def main() -> None:
+    llm = LLM(model="smollm2-135m", max_num_seqs=16, max_model_len=512, warmup=False)
+    decode, root = llm.get_tokenizer().decode, llm.session(PROMPT)
+    [greedy] = root.fork()
+    plain = greedy.sample(SamplingParams(temperature=0, max_tokens=64, stop=["."], logprobs=0))
+
+    def sentence(tokens: list[int]) -> bool | None:
+        text = decode(tokens)
+        return bool(re.search(rf"\b{WORD}\b", text)) if text.endswith(".") else None
+
+    search, copies = Search(llm, root, sentence), llm.engine.blocks.num_copies
+    ways = [(branch.session.token_ids[len(root) :], branch.logprob) for branch in search.run()]
+    copies = llm.engine.blocks.num_copies - copies
+    print(PROMPT, "...\n", *draw(ways, decode), "", sep="\n")
+    print(f"{plain.cumulative_logprob:8.2f}  {decode(plain.token_ids).strip()}   (greedy)\n")
+    end = "the budget is spent" if search.frontier else "the others are dead"
+    print(f"branches       {search.branches:>7,}   {search.expanded:,} of them expanded; {end}")
+    print(f"blocks in use  {search.blocks:>7,}   at most; {search.entries:,} without sharing")
+    print(f"copies         {copies:>7,}   on write")
+    print(f"tokens         {search.computed:>7,}   computed; {search.unshared:,} without sharing")
+
+
+if __name__ == "__main__":
+    main()
