@@ -275,6 +275,28 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.blocks.release_parked(table)
         del self.parked[table]
 
+    @precondition(lambda self: len(self.open) < self.ROWS and any(text.done for text in self.parked.values()))
+    @rule(data=st.data(), tail=st.lists(st.integers(0, 1), max_size=5))
+    def unpark(self, data, tail):
+        """What comes after the computed tokens may differ from what was there before a cut."""
+        table = data.draw(st.sampled_from([t for t, text in self.parked.items() if text.done]))
+        text, row = self.parked[table], self.free_rows()[0]
+        tokens = (text.tokens + tail)[: self.WIDTH * self.size]
+        held, free = len(table.blocks), self.blocks.num_free
+        opened = self.blocks.try_unpark(table, row, len(tokens))
+        if opened is None:
+            assert free < self.blocks.blocks_for(len(tokens)) - held + 1
+            assert self.blocks.num_free == free
+            return
+        start, copies = opened
+        assert start == min(text.done, len(tokens) - 1)
+        for source, destination in copies:
+            self.pool[destination] = list(self.pool[source])
+        self.erase(self.blocks.tables[row, held : self.blocks.counts[row]].tolist())
+        assert self.blocks.allocator.refs[self.slot(row, start)[0]] == 1, "what will be written is the row's own"
+        del self.parked[table]
+        self.open[row] = Text(text.salt, tokens, start)
+
     @precondition(lambda self: self.parked)
     @rule(wanted=st.integers(0, 24))
     def reclaim(self, wanted):
@@ -297,6 +319,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         if reset:
             self.blocks.reset_prefix_cache()
             assert self.blocks.allocator.num_cached == 0
+            assert not any(len(table.blocks) for table in self.parked), "their contents are forgotten too"
+            self.parked.clear()
 
     @invariant()
     def everything_computed_is_where_it_should_be(self):
