@@ -2,6 +2,7 @@
 runs in the batch, and however often the beams lose their blocks."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -288,6 +289,56 @@ def test_abort_of_searches_without_blocks(tiny, mode):
     aborted = finished["second"].outputs
     assert all(o.finish_reason in ("abort", "stop") for o in aborted)
     assert all(o.token_ids for o in aborted)
+
+
+# ------------------------------------------------------------------------------------------------ interrupts
+
+
+def run_interrupted(engine, monkeypatch, when):
+    """Runs to the end; the launches of the steps `when` fail, as by Ctrl-C."""
+    launch, count = type(engine.runner).launch, itertools.count()
+
+    def interrupted(runner, plan):
+        if next(count) in when:
+            raise KeyboardInterrupt
+        return launch(runner, plan)
+
+    finished = {}
+    with monkeypatch.context() as patch:
+        patch.setattr(type(engine.runner), "launch", interrupted)
+        while engine.has_unfinished_requests():
+            try:
+                finished |= {output.request_id: output for output in engine.step() if output.finished}
+            except KeyboardInterrupt:
+                engine.blocks.check_invariants()
+    return finished
+
+
+@pytest.mark.parametrize("num_blocks", [512, 40])
+def test_steps_that_fail_lose_nothing(tiny, monkeypatch, num_blocks):
+    """Whatever such a step was to swap, to copy or to tell the device: the beams are computed anew."""
+    engine = tiny(num_blocks=num_blocks, swap_blocks=100)
+    for name, search in LLAMA.items():
+        search.add(engine, name)
+    finished = run_interrupted(engine, monkeypatch, {0, 1, 2, 5, 9, 10, 21, 30, 40, 43, 44})
+    for name, search in LLAMA.items():
+        search.check(finished[name])
+    assert sum(output.metrics.num_preemptions for output in finished.values()) >= 15
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_beams_with_equal_tokens(tiny, monkeypatch, length):
+    """Two tokens are allowed: there are four beams after the first token, and only two of them differ."""
+    params = dataclasses.replace(LLAMA["p0 beam"].params, allowed_token_ids=[30, 80], max_tokens=6)
+    prompt = {"prompt_token_ids": PROMPT[:length]}
+    outputs = []
+    for when in (set(), {1}, {2}, {1, 3}, {1, 2, 3, 4}):
+        engine = tiny()
+        engine.add_request("only", prompt, params)
+        outputs.append(run_interrupted(engine, monkeypatch, when)["only"].outputs)
+        assert [o.token_ids for o in outputs[-1]] == [o.token_ids for o in outputs[0]]
+        assert [o.score for o in outputs[-1]] == pytest.approx([o.score for o in outputs[0]], abs=1e-4)
+    assert len({tuple(o.token_ids) for o in outputs[0]}) == 4
 
 
 # ------------------------------------------------------------------------------------------------ the real model

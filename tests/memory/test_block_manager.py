@@ -245,6 +245,22 @@ def test_a_fork_knows_the_chain_of_its_blocks():
     assert opened(blocks, 1, [*prompt, 7, 7, 7, 7, 0]) == 0
 
 
+def test_forks_that_part_do_not_continue_each_others_chains():
+    blocks = manager(num_blocks=20)
+    prompt, ones, twos, threes = list(range(8)), [1] * 4, [2] * 4, [3] * 4
+    computed(blocks, 0, prompt)
+    blocks.fork(0, 1)
+    for position in range(8, 12):
+        decoded(blocks, [0, 1], position)
+    blocks.seal(0, prompt + ones, 12)
+    blocks.seal(1, prompt + twos, 12)
+    for position in range(12, 16):
+        decoded(blocks, [1], position)
+    blocks.seal(1, prompt + twos + threes, 16)
+    assert opened(blocks, 2, [*prompt, *twos, *threes, 0]) == 16
+    assert opened(blocks, 3, [*prompt, *ones, *threes, 0]) == 12
+
+
 def test_rows_that_begin_alike_are_opened_together_and_share():
     """What they have in common is computed by the first of them; each computes its own last token."""
     blocks = manager(num_blocks=12)

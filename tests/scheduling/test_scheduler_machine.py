@@ -219,7 +219,7 @@ def test_ten_thousand_queued_requests_all_finish():
     while len(engine.groups) < 10_000:
         n, family = rng.choice([1, 1, 1, 1, 2, 4, 20]), rng.choice(FAMILIES)
         try:
-            engine.add([*family[: rng.randrange(12)], n % VOCAB], rng.randrange(1, 8), n=n, beams=rng.random() < 0.1)
+            engine.add([*family[: rng.randrange(12)], n % VOCAB], rng.randrange(1, 6), n=n, beams=rng.random() < 0.1)
         except InvalidRequestError as error:
             refused.append(str(error))
     assert engine.scheduler.num_waiting == 10_000
@@ -229,4 +229,4 @@ def test_ten_thousand_queued_requests_all_finish():
     assert len(refused) > 1_000
     assert all("max_num_seqs=16" in error or "whole pool has 20" in error for error in refused)
     assert engine.scheduler.num_preemptions > 1_000
-    assert engine.scheduler.num_swaps_in > 500
+    assert engine.scheduler.num_swaps_in > 300
