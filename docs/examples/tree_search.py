@@ -2,10 +2,9 @@
 
     uv run --group demo python docs/examples/tree_search.py
 
-Greedy decoding misses the best sentence. Here every branch of a tree is a session. The most promising ones are expanded
-together: one batch for their next tokens, one fork for each token that may lead to something better. Log-probabilities
-only fall: a branch no better than the last sentence that is wanted is dead, and closed. When none is left, nothing
-better can be made of the 20 likeliest tokens at each place.
+Every branch is a session. The most promising ones are expanded together: one batch for their next tokens, one fork for
+each token that may lead to something better. Log-probabilities only fall: a branch no better than the last sentence
+wanted is dead, and closed. When none is left, nothing better is made of the 20 likeliest tokens at each place.
 """
 
 import dataclasses
