@@ -2,26 +2,23 @@
 
     uv run --group demo python docs/examples/tree_search.py
 
-Greedy decoding takes the best token at every step, and misses the best sentence. Here every branch of a tree is a
-session. The most promising ones are expanded together: one batch for their next tokens, one fork for each token that
-may lead to something better. Log-probabilities only fall: a branch that is no better than the last of the sentences
-that are wanted is dead, and closed. When none is left, no sentence of the 20 likeliest tokens at a time is better.
+Every branch is a session. The most promising ones are expanded together: one batch for their next tokens, one fork for
+each token that may lead to something better. Log-probabilities only fall: a branch no better than the last sentence
+wanted is dead, and closed. When none is left, nothing better is made of the 20 likeliest tokens at each place.
 """
 
-import bisect
 import dataclasses
 import heapq
-import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from jpaged import LLM, SamplingParams, Session
 
 WORD = "sea"
-PROMPT = (
-    "A story for small children. Once upon a time there was a little boat with a white sail. It lived in a quiet "
-    "harbour and dreamed of islands far away. One bright morning the wind came up. The little boat"
-)
+PROMPT = """A story for small children, told in short and simple sentences.
+
+Once upon a time there was a little boat with a white sail. It lived in a quiet harbour and dreamed of islands far \
+away. One bright morning the wind came up. The little boat"""
 
 
 @dataclasses.dataclass(order=True)
@@ -31,7 +28,7 @@ class Branch:
     session: Session = dataclasses.field(compare=False)
 
 
-def close(branches: Iterable[Branch]) -> None:
+def close(branches: list[Branch]) -> None:
     for branch in branches:
         branch.session.close()
 
@@ -41,7 +38,6 @@ class Search:
 
     Args:
       goal: of the tokens after the prompt: reached (True), out of reach (False), or neither yet (None).
-      wanted: branches that shall reach the goal.
       hope: a guess of what is still to come: log-probability that a branch is forgiven for each of its tokens. With 0
         goals are found in their order, and late; with more, the first ones are found soon and cut off the rest.
     """
@@ -51,7 +47,8 @@ class Search:
         self.start, self.found = len(root), list[Branch]()  # the best first
         self.frontier = [Branch(0.0, 0.0, *root.fork())]  # a heap
         self.bar = float("-inf")  # what a branch must be better than
-        self.branches = self.expanded = self.computed = self.unshared = self.blocks = self.entries = 0
+        self.peak = 0, 0  # entries of all block tables, blocks in use
+        self.branches = self.expanded = self.computed = self.unshared = 0
 
     def run(self, *, budget: int = 2000, width: int = 16) -> list[Branch]:
         while self.frontier and self.expanded < budget:
@@ -69,13 +66,10 @@ class Search:
         for branch, options in zip(batch, self.llm.next_logprobs(sessions, self.branching), strict=True):
             for token, option in options.items():
                 self.grow(branch, token, branch.logprob + option.logprob)
-        tables = (branch.session.num_computed_tokens for branch in batch + self.frontier + self.found)
-        self.entries, self.blocks = max(
-            (self.entries, self.blocks), (sum(map(blocks.blocks_for, tables)), blocks.num_used)
-        )
+        tables = [branch.session.num_computed_tokens for branch in batch + self.frontier + self.found]
+        self.peak = max(self.peak, (sum(map(blocks.blocks_for, tables)), blocks.num_used))
         close(batch + [branch for branch in self.frontier if branch.logprob <= self.bar])
-        self.frontier = [branch for branch in self.frontier if branch.logprob > self.bar]
-        heapq.heapify(self.frontier)
+        self.frontier = sorted(branch for branch in self.frontier if branch.logprob > self.bar)
 
     def grow(self, parent: Branch, token: int, logprob: float) -> None:
         tokens = [*parent.session.token_ids[self.start :], token]
@@ -86,19 +80,18 @@ class Search:
         branch = Branch(-logprob - self.hope * len(tokens), logprob, session)
         self.branches += 1
         if not reached:
-            heapq.heappush(self.frontier, branch)
-            return
-        bisect.insort(self.found, branch, key=lambda b: -b.logprob)
-        close(self.found[self.wanted :])
-        del self.found[self.wanted :]
+            return heapq.heappush(self.frontier, branch)
+        self.found = sorted([*self.found, branch], key=lambda found: -found.logprob)
+        if len(self.found) > self.wanted:
+            self.found.pop().session.close()
         self.bar = self.found[-1].logprob if len(self.found) == self.wanted else self.bar
 
 
 def draw(ways: list[tuple[list[int], float]], decode: Callable, indent: str = "") -> Iterator[str]:
     """The tree of some (tokens, log-probability), a line for each stretch without a fork."""
-    common = sum(1 for _ in itertools.takewhile(lambda at: len(set(at)) == 1, zip(*(t for t, _ in ways), strict=False)))
-    end = f"{ways[0][1]:8.2f}" if len(ways) == 1 else " " * 8
-    yield f"{end}  {indent}{decode(ways[0][0][:common]).strip() or '*'}"
+    shortest = min(len(tokens) for tokens, _ in ways)
+    common = next((i for i in range(shortest) if len({tokens[i] for tokens, _ in ways}) > 1), shortest)
+    yield f"{f'{ways[0][1]:.2f}' if len(ways) == 1 else '':>8}  {indent}{decode(ways[0][0][:common]).strip() or '*'}"
     for first in dict.fromkeys(tokens[common] for tokens, _ in ways if len(tokens) > common):
         yield from draw([(t[common:], p) for t, p in ways if t[common] == first], decode, indent + "    ")
 
@@ -106,22 +99,19 @@ def draw(ways: list[tuple[list[int], float]], decode: Callable, indent: str = ""
 def main() -> None:
     llm = LLM(model="smollm2-135m", max_num_seqs=16, max_model_len=512, warmup=False)
     decode, root = llm.get_tokenizer().decode, llm.session(PROMPT)
-    [greedy] = root.fork()
-    plain = greedy.sample(SamplingParams(temperature=0, max_tokens=64, stop=["."], logprobs=0))
+    greedy = root.fork()[0].sample(SamplingParams(temperature=0, max_tokens=64, stop=["."], logprobs=0))
 
     def sentence(tokens: list[int]) -> bool | None:
         text = decode(tokens)
         return bool(re.search(rf"\b{WORD}\b", text)) if text.endswith(".") else None
 
-    search, copies = Search(llm, root, sentence), llm.engine.blocks.num_copies
+    search = Search(llm, root, sentence)
     ways = [(branch.session.token_ids[len(root) :], branch.logprob) for branch in search.run()]
-    copies = llm.engine.blocks.num_copies - copies
     print(PROMPT, "...\n", *draw(ways, decode), "", sep="\n")
-    print(f"{plain.cumulative_logprob:8.2f}  {decode(plain.token_ids).strip()}   (greedy)\n")
-    end = "the budget is spent" if search.frontier else "the others are dead"
-    print(f"branches       {search.branches:>7,}   {search.expanded:,} of them expanded; {end}")
-    print(f"blocks in use  {search.blocks:>7,}   at most; {search.entries:,} without sharing")
-    print(f"copies         {copies:>7,}   on write")
+    print(f"{greedy.cumulative_logprob:8.2f}  {decode(greedy.token_ids).strip()}   (greedy)\n")
+    print(f"branches       {search.branches:>7,}   {search.expanded:,} expanded, {len(search.frontier):,} left open")
+    print(f"blocks in use  {search.peak[1]:>7,}   at most; {search.peak[0]:,} without sharing")
+    print(f"copies         {llm.engine.blocks.num_copies:>7,}   on write")
     print(f"tokens         {search.computed:>7,}   computed; {search.unshared:,} without sharing")
 
 

@@ -35,7 +35,7 @@ def test_branches_share_every_block_that_they_have_in_common(tiny):
         assert llm.engine.blocks.num_used == len(blocks_of_the_tree(live, 4))
         llm.engine.blocks.check_invariants()
     assert search.found
-    assert search.blocks < search.entries / 2
+    assert search.peak[1] < search.peak[0] / 2
     assert search.computed == 21 + search.expanded - 1, "the prompt once, and one token for every other expansion"
     close([*search.frontier, *search.found])
     assert llm.engine.blocks.num_used == 0

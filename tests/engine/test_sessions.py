@@ -8,7 +8,7 @@ from jpaged.errors import InvalidRequestError, JpagedError
 from jpaged.sampling_params import BeamSearchParams, SamplingParams
 from tests.engine.support import llm_of
 
-PROMPT = {"prompt_token_ids": [random.Random(1).randrange(300) for _ in range(30)]}
+PROMPT = {"prompt_token_ids": random.Random(1).sample(range(300), 30)}
 
 
 def fresh(session, number):
