@@ -1,0 +1,40 @@
+"""Triton kernels are lowered for a GPU that is not there: the interpreter accepts much that the compiler refuses."""
+
+import functools
+
+import jax
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels.paged_attention import paged_decode_attention, paged_prefill_attention, pool_shape
+
+GPU = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda"))
+OPTIONS = {"scale": 0.1, "return_lse": True, "logit_soft_cap": 5.0, "sliding_window": 100}
+
+
+def kernels_in(function, *avals) -> int:
+    """Triton kernels in what `function` is lowered to for CUDA, where nothing says which implementation to take."""
+    with jax.sharding.use_abstract_mesh(GPU):
+        lowered = jax.jit(function).trace(*avals).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("__gpu$xla.gpu.triton")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
+    monkeypatch.delenv("JPAGED_ATTENTION", raising=False)
+    aval, rows, group = jax.ShapeDtypeStruct, 4, 3
+    kv = aval(pool_shape(100, 16, 2, size), dtype)
+    tables, row = aval((rows, 100), "int32"), aval((rows,), "int32")
+    decode = functools.partial(paged_decode_attention, **OPTIONS)
+    assert kernels_in(decode, aval((rows, 2 * group, size), dtype), kv, tables, row) == 2  # the splits and their merge
+    prefill = functools.partial(paged_prefill_attention, **OPTIONS)
+    assert kernels_in(prefill, aval((rows, 16, 2 * group, size), dtype), kv, tables, row, row) == 1
+
+
+def test_a_head_size_without_a_kernel_falls_back(monkeypatch):
+    monkeypatch.delenv("JPAGED_ATTENTION", raising=False)
+    aval = jax.ShapeDtypeStruct
+    kv, row = aval(pool_shape(10, 16, 2, 33), "float32"), aval((4,), "int32")
+    decode = functools.partial(paged_decode_attention, scale=0.1)
+    assert kernels_in(decode, aval((4, 6, 33), "float32"), kv, aval((4, 8), "int32"), row) == 0
