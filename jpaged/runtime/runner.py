@@ -1,6 +1,8 @@
 """Runner: owns the device's memory and launches the steps.
 
-    launch(plan)       swaps, edits, admissions, then forward and sample; nothing is waited for
+    prepare(plan)      moves swapped blocks (waits for them, and measures) and edits rows
+    admit(sequence)    uploads an admitted sequence's row
+    launch(plan)       copies, forward and sample in two calls; nothing is waited for
     StepResult.read    waits for that step and gives its small result arrays
 
 Steps run on the device in the order of their launches, and each takes the pool and the batch state that the one
@@ -178,10 +180,7 @@ class Runner:
             self.state = self._edit(self.state, batch.pack_edits(plan.edits, size, self._null_row))
 
     def launch(self, plan: StepPlan) -> StepResult:
-        """Puts a step on the device's queue, in the order: swaps, rows, copies, writes, attention.
-
-        The plan's `admitted` sequences are uploaded by `admit`, after `prepare` and before this.
-        """
+        """Puts a step on the device's queue, after `prepare`, and `admit` of each of the plan's admitted sequences."""
         run_forward = self.compile_forward(plan.bucket)
         run_sample = self.compile_sample(plan.bucket, plan.variant)
         state = self.state

@@ -8,7 +8,7 @@ import pytest
 from jpaged import SamplingParams
 from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
 from jpaged.sampling_params import RequestOutputKind
-from tests.engine.support import run
+from tests.engine.support import llm_of, run
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -342,8 +342,7 @@ def test_interrupt_while_launching_loses_nothing(tiny, monkeypatch):
 def test_llm_generate_and_chat(tiny, monkeypatch):
     from jpaged.llm import LLM
 
-    llm = LLM.__new__(LLM)
-    llm.engine, llm._next_id = tiny(), 0
+    llm = llm_of(tiny())
     outputs = llm.generate([prompt_of(5, 6), "hello", {"prompt": "hello"}], [GREEDY] * 3, use_tqdm=False)
     assert outputs[1].outputs[0].token_ids == outputs[2].outputs[0].token_ids
     assert outputs[1].prompt == "hello"
