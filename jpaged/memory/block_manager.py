@@ -311,13 +311,18 @@ class BlockManager:
         """The longest parked first."""
         return list(self._parked)
 
-    def reclaim(self, wanted: int) -> None:
-        """Releases parked tables, the longest parked first, until `wanted` blocks are free or all left are pinned."""
+    def reclaim(self, wanted: int) -> bool:
+        """Releases parked tables, the longest parked first, until `wanted` blocks are free or all left are pinned.
+
+        Returns: whether any was released.
+        """
+        before = len(self._parked)
         for table in list(self._parked):
             if self.num_free >= wanted:
                 break
             if not table.pinned:
                 self.release_parked(table)
+        return len(self._parked) < before
 
     @property
     def num_pinned(self) -> int:

@@ -42,8 +42,8 @@ class Admission:
             return False
         self._batch.seat(sequences)
         positions = self._open(group, heads, draft, reserve)
-        if positions is None:  # parked tables are in the way, perhaps
-            self._blocks.reclaim(sum(self._blocks.blocks_for(len(s.tokens)) for s in heads) + reserve)
+        wanted = sum(self._blocks.blocks_for(len(s.tokens)) for s in heads) + reserve
+        if positions is None and self._blocks.reclaim(wanted):  # parked tables were in the way, perhaps
             positions = self._open(group, heads, draft, reserve)
         if positions is None:
             for sequence in reversed(sequences):
@@ -121,6 +121,8 @@ class Admission:
 
 def _equals(sequences: list[Sequence]) -> list[list[Sequence]]:
     """Sequences that have the same tokens, together."""
+    if len(sequences) == 1:
+        return [sequences]
     teams: dict[tuple[int, ...], list[Sequence]] = {}
     for sequence in sequences:
         teams.setdefault(tuple(sequence.tokens), []).append(sequence)
