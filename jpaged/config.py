@@ -21,7 +21,7 @@ class EngineConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and KV cache. auto: float32 on CPU, bfloat16 on GPU."""
+    """Of weights and KV cache. auto: float32 on CPU, bfloat16 on GPU; live parameters are served as they are."""
     seed: int = 0
     """Root of the random keys of requests that bring no seed of their own."""
     max_model_len: int | None = None

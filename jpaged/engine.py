@@ -21,6 +21,7 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.scheduling.beams import new_search
 from jpaged.sequence import FinishReason, Holder, Sequence, SequenceGroup
+from jpaged.source import of_arguments
 from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
 
@@ -47,15 +48,15 @@ class LLMEngine:
     """A continuous-batching engine over one model. Not thread-safe: one thread adds, aborts and steps.
 
     Args:
-      config: the engine's arguments; or give them as keywords.
+      config: the engine's arguments; or give them as keywords, and live parameters with them: see `LLM`.
       components: what `jpaged.startup.build` makes of the config; None: it is called here.
     """
 
     def __init__(
         self, config: EngineConfig | None = None, *, components: Components | None = None, **arguments
     ) -> None:
-        self.config = config or EngineConfig(**arguments)
-        parts = components or build(self.config)
+        self.config, source = (config, None) if config is not None else of_arguments(**arguments)
+        parts = components or build(self.config, source)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
         self.eos_token_ids = parts.eos_token_ids
         self.max_model_len = parts.max_model_len

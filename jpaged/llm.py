@@ -1,9 +1,8 @@
 """LLM: the offline API. Prompts in, finished outputs back in their order."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jpaged.config import EngineConfig
 from jpaged.engine import LLMEngine
 from jpaged.errors import InvalidRequestError
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
@@ -26,17 +25,24 @@ class LLM:
         llm.generate(["Once upon a time"], SamplingParams(temperature=0.8, max_tokens=32))
         llm.chat([{"role": "user", "content": "What is JAX?"}])
 
+        llm = LLM(model=config, params=tree, tokenizer=tokenizer)  # parameters that are being trained, say
+
     Args:
-      model: a short name (smollm2-135m), a .gguf file, a Hugging Face folder, or a hub id.
-      **arguments: the other fields of `EngineConfig`.
+      model: a short name (smollm2-135m), a .gguf file, a folder, or a hub id; or, for parameters in memory, a
+        `ModelConfig`, a module of `jpaged.models`, or a checkpoint (`checkpoints.load`).
+      params: with a configuration or a module: the parameters, a Linen tree or an NNX state. They are not copied if
+        they have the dtype that is served and lie on the device; see `jpaged.source.live` and docs/live_parameters.md.
+      **arguments: the other fields of `EngineConfig`; with `params`, `tokenizer` is a tokenizer, and `to_linen` may
+        say how a tree of other keys becomes ours.
 
     Raises:
       TypeError: an argument that jpaged does not have.
       InvalidConfigError, OutOfMemoryError, checkpoints.CheckpointError: see `jpaged.startup.build`.
+      MissingWeightsError: leaves of `params` are missing, surplus or misshapen; all of them are listed.
     """
 
-    def __init__(self, model: str = "smollm2-135m", **arguments) -> None:
-        self.engine = LLMEngine(EngineConfig(model=model, **arguments))
+    def __init__(self, model: Any = "smollm2-135m", *, params: Any = None, **arguments) -> None:
+        self.engine = LLMEngine(model=model, params=params, **arguments)
         self._next_id = 0
 
     def get_tokenizer(self) -> "Tokenizer | None":

@@ -1,6 +1,6 @@
 """From an `EngineConfig` to the parts of an engine: load, size the memory, compile.
 
-checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
+source -> checkpoint -> model, device parameters -> limits -> pool size -> block manager, scheduler, runner -> warm-up
 """
 
 import concurrent.futures
@@ -14,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-import checkpoints
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
 from jpaged.models.config import ModelConfig
-from jpaged.models.registry import build as build_model
 from jpaged.models.rope import max_trained_length
 from jpaged.progress import Progress
 from jpaged.runtime import compile_cache
@@ -35,6 +33,7 @@ from jpaged.runtime.kv_pool import (
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
 from jpaged.scheduling.plan import make_buckets
+from jpaged.source import Source, ToLinen, on_disk
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer
@@ -69,10 +68,15 @@ class Components:
     blocks: BlockManager
     scheduler: Scheduler
     runner: Runner
+    to_linen: ToLinen | None = None
+    """See `jpaged.source.live`."""
 
 
-def build(config: EngineConfig) -> Components:
+def build(config: EngineConfig, source: Source | None = None) -> Components:
     """Loads the model and makes everything ready to run.
+
+    Args:
+      source: where the model comes from; None: from disk, as the configuration says.
 
     Raises:
       checkpoints.CheckpointError: the model can't be loaded.
@@ -82,20 +86,14 @@ def build(config: EngineConfig) -> Components:
     compile_cache.enable(config.compilation_cache_dir)
     if jax.default_backend() == "cpu":
         keep_freed_memory()
-    dtype = _dtype(config)
-    with Progress("loading weights", unit="B") as progress:
-        checkpoint = checkpoints.load(
-            config.model,
-            dtype=dtype.name,
-            revision=config.revision,
-            tokenizer=config.tokenizer,
-            progress=progress.weights,
-        )
+    source = source or on_disk(config)
+    dtype = _dtype(config, source)
+    checkpoint = source.load(dtype)
     limits = resolve_limits(config, checkpoint.config, dtype)
     checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(limits.max_model_len))
     params = jax.device_put(checkpoint.params)
     runner = Runner(
-        build_model(checkpoint.config, dtype),
+        source.module(checkpoint.config, dtype),
         params,
         checkpoint.config,
         KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size),
@@ -139,6 +137,7 @@ def build(config: EngineConfig) -> Components:
         blocks=blocks,
         scheduler=scheduler,
         runner=runner,
+        to_linen=source.to_linen,
     )
 
 
@@ -181,9 +180,9 @@ def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:
             progress.advance()
 
 
-def _dtype(config: EngineConfig) -> jnp.dtype:
+def _dtype(config: EngineConfig, source: Source) -> jnp.dtype:
     if config.dtype == "auto":
-        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return source.dtype or jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(config.dtype)
 
 

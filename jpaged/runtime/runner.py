@@ -113,6 +113,11 @@ class Runner:
         self.swapper = Swapper(self.spec.block_bytes, next(iter(self.pool[0].devices())))
         self.state = self._make_state()
 
+    @property
+    def params(self) -> Params:
+        """What is served."""
+        return jax.tree.unflatten(self._treedef, self._leaves)
+
     # ----------------------------------------------------------------------------------------------- compile
 
     def compile_forward(self, bucket: Bucket) -> Any:
