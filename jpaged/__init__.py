@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jpaged.async_engine import AsyncLLM
     from jpaged.config import EngineConfig
     from jpaged.engine import LLMEngine
     from jpaged.errors import JpagedError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "LLM": "jpaged.llm",
+    "AsyncLLM": "jpaged.async_engine",
     "LLMEngine": "jpaged.engine",
     "EngineConfig": "jpaged.config",
     "SamplingParams": "jpaged.sampling_params",
@@ -37,6 +39,7 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "EngineConfig",

@@ -140,6 +140,11 @@ class LLMEngine:
 
     abort_request = abort
 
+    def take_aborted(self) -> list[RequestOutput]:
+        """What aborted requests had, without a step."""
+        aborted, self._aborted = self._aborted, []
+        return [self._outputs.output(group) for group in aborted]
+
     @property
     def num_unfinished_requests(self) -> int:
         return len(self._groups)
@@ -165,8 +170,7 @@ class LLMEngine:
             raise EngineDeadError(
                 f"a step failed and the engine can't go on: {type(error).__name__}: {error}"
             ) from error
-        outputs += [self._outputs.output(group) for group in self._aborted]
-        self._aborted = []
+        outputs += self.take_aborted()
         self.times.host += time.perf_counter() - start - (self.times.wait - waited)
         return outputs
 

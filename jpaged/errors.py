@@ -24,5 +24,9 @@ class OutOfMemoryError(JpagedError, MemoryError):
     """The memory budget leaves no room for a useful KV pool."""
 
 
+class QueueFullError(JpagedError, RuntimeError):
+    """Too much is waiting already: the same request may be taken later."""
+
+
 class EngineDeadError(JpagedError, RuntimeError):
     """A device step failed; the engine's state is lost and it takes no more requests."""

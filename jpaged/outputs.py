@@ -38,6 +38,15 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
+    def followed_by(self, newer: "CompletionOutput") -> "CompletionOutput":
+        """Two deltas of one sequence as one."""
+        logprobs = newer.logprobs
+        if self.logprobs is not None and logprobs is not None:
+            logprobs = self.logprobs + logprobs
+        return dataclasses.replace(
+            newer, text=self.text + newer.text, token_ids=self.token_ids + newer.token_ids, logprobs=logprobs
+        )
+
 
 @dataclasses.dataclass(kw_only=True)
 class RequestMetrics:
@@ -67,3 +76,8 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int
     """Prompt tokens whose K and V came from the prefix cache."""
+
+    def followed_by(self, newer: "RequestOutput") -> "RequestOutput":
+        """Two deltas of one request as one: the older one's text and tokens, and then the newer one's."""
+        outputs = [old.followed_by(new) for old, new in zip(self.outputs, newer.outputs, strict=True)]
+        return dataclasses.replace(newer, outputs=outputs)

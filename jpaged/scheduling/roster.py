@@ -16,6 +16,8 @@ class Roster:
         self.swapped: dict[SequenceGroup, tuple[Swapped, list[Sequence]]] = {}
         """Where a group's blocks are, and which sequences that is about."""
         self.num_waiting = 0
+        self.num_waiting_tokens = 0
+        """Prompt tokens of the waiting groups."""
         self.variants: Counter[Variant] = Counter()
         """What the running groups ask of the sampler."""
         self._waiting: list[tuple[tuple[int, int], SequenceGroup]] = []  # a heap; who left it otherwise is skipped
@@ -31,6 +33,7 @@ class Roster:
         group.status = Status.WAITING
         heapq.heappush(self._waiting, (group.order, group))
         self.num_waiting += 1
+        self.num_waiting_tokens += len(group.prompt_token_ids)
 
     def next_waiting(self) -> SequenceGroup | None:
         while self._waiting and self._waiting[0][1].status is not Status.WAITING:
@@ -64,6 +67,7 @@ class Roster:
         """Takes a group out of its state; FINISHED unless it is put into another."""
         if group.status is Status.WAITING:
             self.num_waiting -= 1
+            self.num_waiting_tokens -= len(group.prompt_token_ids)
         elif group.status is Status.SWAPPED:
             del self.swapped[group]
         elif group.status is Status.RUNNING:

@@ -93,6 +93,11 @@ class Scheduler:
         return self.roster.num_waiting
 
     @property
+    def num_waiting_tokens(self) -> int:
+        """Prompt tokens of the groups that wait."""
+        return self.roster.num_waiting_tokens
+
+    @property
     def num_swapped(self) -> int:
         return len(self.roster.swapped)
 

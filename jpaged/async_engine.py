@@ -1,0 +1,420 @@
+"""AsyncLLM: the engine for asyncio programs. One thread owns the `LLMEngine`; everybody else talks to it by a queue.
+
+event loop(s)                            engine's thread
+  submit: text -> tokens (a pool) -- command --> add_request                    step, step, step, ...
+  Stream.__anext__ <-- wake <-- pending output <-- merge <-- outputs of a step
+  abort, call ------------------------ command --> between two steps
+
+A stream holds at most one output that its reader has not taken: the engine merges what comes meanwhile into it. So
+a slow reader costs neither memory nor the engine's time.
+"""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import functools
+import logging
+import queue
+import threading
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from typing import Any, Self
+
+from jpaged.config import EngineConfig
+from jpaged.engine import LLMEngine
+from jpaged.errors import EngineDeadError, QueueFullError
+from jpaged.outputs import RequestOutput
+from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.tokenization import Prompt, encode_prompt
+
+log = logging.getLogger("jpaged")
+
+COMPILE_TIMEOUT = 900.0
+"""Seconds that a step may take while it compiles a program."""
+_BEAT = 1.0
+"""Seconds after which the engine's thread shows that it lives when there is nothing to do."""
+
+
+class Stream:
+    """One request's outputs, for one reader: iterate over it. Made by `AsyncLLM.submit`.
+
+    With output_kind DELTA an output holds what is new since the last one that was taken; with CUMULATIVE a reader that
+    is slower than the engine misses outputs in between.
+
+    Attributes:
+      request_id: the request's name.
+    """
+
+    def __init__(self, llm: "AsyncLLM", request_id: str, params: SamplingParams) -> None:
+        self.request_id = request_id
+        self._llm = llm
+        self._deltas = params.output_kind is RequestOutputKind.DELTA
+        self.loop = asyncio.get_running_loop()
+        self.ready = asyncio.Event()
+        self._pending: RequestOutput | None = None
+        self._error: Exception | None = None
+        self._done = False
+
+    def __aiter__(self) -> AsyncIterator[RequestOutput]:
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output; the last one is `finished`.
+
+        Raises:
+          EngineDeadError: the engine failed under the request.
+        """
+        while not self._done:
+            self.ready.clear()
+            with self._llm.lock:
+                output, self._pending = self._pending, None
+                error = self._error
+            if output is not None:
+                self._done = output.finished
+                return output
+            if error is not None:
+                self._done = True
+                raise error
+            await self.ready.wait()
+        raise StopAsyncIteration
+
+    def close(self) -> None:
+        """Ends the request if it has not finished; nothing more comes. May be called twice."""
+        if not self._done:
+            self._done = True
+            self._llm.forget(self)
+            self.ready.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.close()
+
+    # The engine's side; the lock is held.
+
+    def put(self, output: RequestOutput) -> bool:
+        """Adds an output; returns whether the reader must be woken (else it has something to take already)."""
+        waiting = self._pending is None
+        merges = self._deltas and self._pending is not None
+        self._pending = self._pending.followed_by(output) if merges and self._pending is not None else output
+        return waiting
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+
+
+class AsyncLLM:
+    """A model that serves many requests at once to an asyncio program.
+
+        llm = AsyncLLM(model="smollm2-135m")
+        async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
+
+    Leaving the loop, or cancelling its task, aborts the request.
+
+    Args:
+      config: the engine's arguments; or give them as keywords.
+      engine: one that is there already, and from now on belongs to this object's thread.
+      max_num_queued_reqs: most requests that wait for a place in the batch; None: no limit.
+      max_num_queued_tokens: most prompt tokens of the requests that wait.
+      step_timeout: seconds after which a step counts as stuck and the engine as dead. Compiling is not counted.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig | None = None,
+        *,
+        engine: LLMEngine | None = None,
+        max_num_queued_reqs: int | None = None,
+        max_num_queued_tokens: int | None = None,
+        step_timeout: float = 60.0,
+        **arguments,
+    ) -> None:
+        self.engine = engine or LLMEngine(config, **arguments)
+        self.on_outputs: Callable[[list[RequestOutput]], None] = lambda outputs: None
+        """Called on the engine's thread with the outputs of each step."""
+        self.on_death: Callable[[EngineDeadError], None] = lambda error: None
+        """Called once, on whatever thread, when the engine has died."""
+        self.num_rejected = 0
+        """Requests that found the queue full."""
+        self.lock = threading.Lock()
+        self._max_reqs, self._max_tokens = max_num_queued_reqs, max_num_queued_tokens
+        self._step_timeout = step_timeout
+        self._streams: dict[str, Stream] = {}  # written by the engine's thread alone
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._failure: EngineDeadError | None = None
+        self._stopping = threading.Event()
+        self._paused = False
+        self._workers = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="jpaged-tokenizer")
+        self._deadline = time.monotonic() + step_timeout
+        self._on_compile = self.engine.runner.on_compile
+        self.engine.runner.on_compile = self._while_compiling
+        # Daemons: a step that is stuck can't be ended, and must not keep the process.
+        self._thread = threading.Thread(target=self._run, name="jpaged-engine", daemon=True)
+        self._thread.start()
+        threading.Thread(target=self._watch, name="jpaged-watchdog", daemon=True).start()
+
+    # ---------------------------------------------------------------------------------------------- requests
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> AsyncIterator[RequestOutput]:
+        """Continues a prompt; yields as `params.output_kind` says. Arguments and errors are those of `submit`."""
+        async with await self.submit(prompt, params, request_id, priority=priority) as stream:
+            async for output in stream:
+                yield output
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+    ) -> Stream:
+        """Queues a request; returns when it is accepted.
+
+        Args:
+          prompt: text, chat or token ids; see `jpaged.tokenization`. It is tokenised on a thread of its own.
+          params: how to sample; None: `SamplingParams()`.
+          request_id: unique among the unfinished requests; None: made up.
+          priority: smaller is served first; needs scheduling_policy="priority".
+
+        Raises:
+          InvalidRequestError: it can't be served as asked.
+          QueueFullError: too much is waiting; try again later.
+          EngineDeadError: the engine has failed.
+        """
+        params = params or SamplingParams()
+        text, tokens, salt = await self.in_worker(encode_prompt, prompt, self.engine.tokenizer)
+        tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
+        stream = Stream(self, request_id or f"req-{uuid.uuid4().hex}", params)
+        try:
+            await self.call(lambda engine: self._add(engine, stream, tokenized, params, priority))
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+        return stream
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests; their readers get what they had, with finish reason `abort`. Unknown ids are ignored."""
+        await self.call(lambda engine: engine.abort(request_id))
+
+    async def abort_all(self) -> None:
+        """Ends every request, as `abort` does."""
+        await self.call(lambda engine: engine.abort(list(self._streams)))
+
+    async def pause(self) -> None:
+        """Stops computing after the step that is running; requests wait, new ones are taken."""
+        await self.call(lambda engine: setattr(self, "_paused", True))
+
+    async def resume(self) -> None:
+        """Goes on after `pause`."""
+        await self.call(lambda engine: setattr(self, "_paused", False))
+
+    async def call[T](self, function: Callable[[LLMEngine], T]) -> T:
+        """Runs a function on the engine's thread, between two steps, and returns what it returns."""
+        done: concurrent.futures.Future[T] = concurrent.futures.Future()
+        self._send(functools.partial(self._execute, function, done))
+        return await asyncio.wrap_future(done)
+
+    async def in_worker[T](self, function: Callable[..., T], *arguments: Any) -> T:
+        """Runs what would keep the event loop (tokenising, templates) on a thread of the pool."""
+        self._check_alive()
+        return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
+
+    def forget(self, stream: Stream) -> None:
+        """Aborts a stream's request; nobody waits for its outputs."""
+
+        def drop() -> None:
+            if self._streams.get(stream.request_id) is stream:
+                del self._streams[stream.request_id]
+                self.engine.abort(stream.request_id)
+
+        with contextlib.suppress(EngineDeadError):  # then there is nothing to abort
+            self._send(drop)
+
+    @property
+    def num_unfinished_requests(self) -> int:
+        return len(self._streams)
+
+    # ------------------------------------------------------------------------------------------------- health
+
+    @property
+    def failure(self) -> EngineDeadError | None:
+        """Why the engine is dead; None while it lives."""
+        return self._failure
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the engine's thread has ended a step (or found nothing to do) within the last `step_timeout`."""
+        return self._failure is None and not self._stopping.is_set() and time.monotonic() < self._deadline
+
+    async def shutdown(self, drain: float = 0.0) -> None:
+        """Waits up to `drain` seconds for running requests, aborts the others and stops the threads."""
+        with contextlib.suppress(EngineDeadError):
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(drain):
+                    while self._streams and self._failure is None:
+                        await asyncio.sleep(0.02)
+            await self.abort_all()
+            while self._streams and self._failure is None:
+                await asyncio.sleep(0.02)
+        await asyncio.to_thread(self.close)
+
+    def close(self) -> None:
+        """Stops the engine's thread after the step that is running; readers that are left get an EngineDeadError."""
+        with self.lock:
+            self._stopping.set()
+        self._commands.put(None)
+        self._thread.join(self._step_timeout if self._failure is None else 1.0)
+        self.engine.runner.on_compile = self._on_compile
+        self._fail_all(EngineDeadError("the engine was shut down."))
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    # ------------------------------------------------------------------------------------- the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_commands():
+                if self.engine.has_unfinished_requests() and not self._paused:
+                    self._deliver(self.engine.step())
+        except BaseException as error:
+            dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"{type(error).__name__}: {error}")
+            self._die(dead)
+
+    def _take_commands(self) -> bool:
+        """Runs what has been asked for; waits if there is nothing to compute. False: the thread shall end."""
+        while True:
+            self._deadline = time.monotonic() + self._step_timeout
+            if self._failure is not None:  # the watchdog gave up, and the step came back after all
+                return False
+            idle = self._paused or not self.engine.has_unfinished_requests()
+            try:
+                for _ in range(max(1, self._commands.qsize())):  # no more: a flood must not keep the engine
+                    command = self._commands.get(block=idle, timeout=_BEAT if idle else None)
+                    if command is None:
+                        return False
+                    command()
+                    idle = False
+            except queue.Empty:
+                pass
+            self._deliver(self.engine.take_aborted())  # at once, also while paused
+            if not self._paused and self.engine.has_unfinished_requests():
+                return True
+
+    def _execute(self, function: Callable[[LLMEngine], Any], done: concurrent.futures.Future) -> None:
+        if not done.set_running_or_notify_cancel():
+            return
+        try:
+            self._check_alive()
+            done.set_result(function(self.engine))
+        except Exception as error:
+            done.set_exception(error)
+
+    def _add(self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+        waiting, most = engine.scheduler.num_waiting, self._max_reqs
+        tokens, most_tokens = engine.scheduler.num_waiting_tokens, self._max_tokens
+        if most is not None and waiting >= most:
+            self.num_rejected += 1
+            raise QueueFullError(f"{waiting} requests are waiting already, and the limit is {most}: try again later.")
+        new = len(prompt["prompt_token_ids"])  # type: ignore[call-overload, index]
+        if most_tokens is not None and waiting and tokens + new > most_tokens:
+            self.num_rejected += 1
+            raise QueueFullError(
+                f"requests with {tokens} prompt tokens are waiting already, and the limit is {most_tokens}: "
+                "try again later."
+            )
+        engine.add_request(stream.request_id, prompt, params, priority=priority)
+        self._streams[stream.request_id] = stream
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        self.on_outputs(outputs)
+        woken = []
+        with self.lock:
+            for output in outputs:
+                stream = self._streams.get(output.request_id)
+                if stream is not None and stream.put(output):
+                    woken.append(stream)
+        for output in outputs:
+            if output.finished:
+                self._streams.pop(output.request_id, None)
+        for stream in _wake(woken):
+            self._streams.pop(stream.request_id, None)
+            self.engine.abort(stream.request_id)
+
+    # --------------------------------------------------------------------------------------------------- death
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self.lock:
+            self._check_alive()
+            self._commands.put(command)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineDeadError(str(self._failure)) from self._failure
+        if self._stopping.is_set():
+            raise EngineDeadError("the engine was shut down.")
+
+    def _die(self, error: EngineDeadError) -> None:
+        with self.lock:
+            if self._failure is not None or self._stopping.is_set():
+                return
+            self._failure = error
+        log.error("the engine is dead: %s", error, exc_info=error)
+        self.on_death(error)
+        self._fail_all(error)
+
+    def _fail_all(self, error: EngineDeadError) -> None:
+        """Fails every request and every command that is waiting; none can come after."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                command = self._commands.get_nowait()
+                if command is not None and isinstance(command, functools.partial):
+                    command()  # an `_execute`, which finds the engine dead
+        with self.lock:
+            streams = list(self._streams.values())
+            for stream in streams:
+                stream.fail(error)
+        self._streams.clear()
+        _wake(streams)
+
+    def _watch(self) -> None:
+        while not self._stopping.wait(min(_BEAT, self._step_timeout / 4)):
+            if self._failure is None and time.monotonic() > self._deadline:
+                self._die(EngineDeadError(f"a step has not ended for {self._step_timeout:g} s: the engine is stuck."))
+
+    @contextlib.contextmanager
+    def _while_compiling(self, key: tuple) -> Iterator[None]:
+        self._deadline = time.monotonic() + COMPILE_TIMEOUT
+        try:
+            with self._on_compile(key):
+                yield
+        finally:
+            self._deadline = time.monotonic() + self._step_timeout
+
+
+def _wake(streams: list[Stream]) -> list[Stream]:
+    """Wakes the readers of streams, in one call for each event loop; returns those whose loop is closed."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
+    for stream in streams:
+        by_loop.setdefault(stream.loop, []).append(stream)
+    lost: list[Stream] = []
+    for loop, mine in by_loop.items():
+        try:
+            loop.call_soon_threadsafe(_set_ready, mine)
+        except RuntimeError:
+            lost += mine
+    return lost
+
+
+def _set_ready(streams: list[Stream]) -> None:
+    for stream in streams:
+        stream.ready.set()
