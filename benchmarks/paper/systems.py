@@ -19,7 +19,7 @@ from benchmarks.paper.traces import Request
 from jpaged.memory import BlockManager
 from jpaged.outputs import RequestMetrics
 from jpaged.sampling_params import SamplingParams
-from jpaged.scheduling import Scheduler, StepPlan, beams
+from jpaged.scheduling import Bucket, Scheduler, StepPlan, beams
 from jpaged.scheduling.plan import make_buckets
 from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.sequence import Sequence, SequenceGroup
@@ -48,11 +48,29 @@ class Settings:
     """Token slots in host memory."""
 
 
-def make_scheduler(name: str, settings: Settings) -> Scheduler:
-    """A system over an empty pool."""
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What a step may be: of the runner that executes it, or of the simulated one."""
+
+    max_rows: int
+    tile_size: int
+    max_num_batched_tokens: int
+    buckets: tuple[Bucket, ...]
+
+    @classmethod
+    def simulated(cls, slots: int) -> "Shapes":
+        """The paper's limits, over a pool of so many slots."""
+        rows = min(2048, slots // 16)
+        buckets = make_buckets(rows, MAX_NUM_BATCHED_TOKENS // TILE_SIZE, TILE_SIZE)
+        return cls(rows, TILE_SIZE, MAX_NUM_BATCHED_TOKENS, buckets)
+
+
+def make_scheduler(name: str, settings: Settings, shapes: Shapes | None = None) -> Scheduler:
+    """A system over an empty pool, for the simulation or for a runner of some shapes."""
     size, longest = settings.block_size, settings.max_len
     num_blocks = settings.slots // size + 1
-    max_rows = min(2048, settings.slots // 16)
+    shapes = shapes or Shapes.simulated(settings.slots)
+    max_rows = shapes.max_rows
     blocks: BlockManager
     if name == "jpaged":
         blocks = BlockManager(
@@ -67,9 +85,9 @@ def make_scheduler(name: str, settings: Settings) -> Scheduler:
         blocks = ReservingBlockManager(num_blocks, size, max_rows, longest)
     arguments = {
         "blocks": blocks,
-        "buckets": make_buckets(max_rows, MAX_NUM_BATCHED_TOKENS // TILE_SIZE, TILE_SIZE),
-        "tile_size": TILE_SIZE,
-        "max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS,
+        "buckets": shapes.buckets,
+        "tile_size": shapes.tile_size,
+        "max_num_batched_tokens": shapes.max_num_batched_tokens,
     }
     if name == "jpaged":
         swap_blocks = settings.swap_slots // size
