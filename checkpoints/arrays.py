@@ -42,7 +42,7 @@ class Task:
     """Name of the tensor, for progress."""
 
     nbytes: int
-    """Bytes of the checkpoint that it consumes."""
+    """Bytes of the parameters that it makes."""
 
     run: Callable[[], None]
     """Does it."""
@@ -79,18 +79,27 @@ def aligned_arrays(shapes: Iterable[tuple[int, ...]], dtype: np.dtype) -> list[N
     ]
 
 
-def run_tasks(tasks: Sequence[Task], progress: Progress | None = None, threads: int | None = None) -> None:
-    """Runs all tasks on `threads` threads (default: one per core, at most 8) and reports after each one.
+class Meter:
+    """Counts the bytes of the parameters that have been made, and tells a `Progress`."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self._total, self._done, self._progress = total, 0, progress
+
+    def advance(self, nbytes: int, what: str) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total, what)
+
+
+def run_tasks(tasks: Sequence[Task], meter: Meter) -> None:
+    """Runs all tasks on a thread for each core, at most 8, and reports after each one.
 
     The first exception of a task is raised here, after the tasks that were already running have ended.
     """
-    total, done = sum(task.nbytes for task in tasks), 0
-    pool = ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), thread_name_prefix="jpaged-load")
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="jpaged-load")
     try:
         for task, _ in zip(tasks, pool.map(lambda task: task.run(), tasks), strict=True):
-            done += task.nbytes
-            if progress is not None:
-                progress(done, total, task.what)
+            meter.advance(task.nbytes, task.what)
     finally:
         pool.shutdown(cancel_futures=True)
 

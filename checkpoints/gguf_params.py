@@ -8,23 +8,22 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import TILE, Progress, Task, copy_cast, expand
+from checkpoints.arrays import TILE, Meter, Task, copy_cast, expand, run_tasks
 from checkpoints.errors import UnsupportedCheckpointError
 from checkpoints.gguf import GGUFFile, GGUFTensor
 from checkpoints.gguf_architectures import Architecture
 from checkpoints.gguf_config import ROPE_DIVISORS, architecture_of
 from checkpoints.leaves import Leaf, check_tensors, read_params
+from checkpoints.placement import Index, Target, whole
 from checkpoints.tables import leaves_of
 from jpaged.models.config import ModelConfig
 
 
-def params_from_gguf(
-    file: GGUFFile, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
-) -> dict[str, Any]:
+def params_from_gguf(file: GGUFFile, config: ModelConfig, target: Target) -> dict[str, Any]:
     """Dequantises, transposes and casts all tensors into the tree of `checkpoints.tables`.
 
     Returns:
-        Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
+        Nested dict of arrays, see `Checkpoint.params`.
 
     Raises:
         MissingWeightsError: the file's tensors are not those that `config` asks for.
@@ -36,7 +35,17 @@ def params_from_gguf(
         {architecture.name(leaf.path): leaf.stored_shape for leaf in wanted},
         {name: tensor.shape for name, tensor in file.tensors.items() if name != ROPE_DIVISORS},
     )
-    return read_params(wanted, dtype, partial(_tasks, file, architecture, config), progress)
+    tasks = partial(_tasks, file, architecture, config)
+
+    def tasks_of(leaf: Leaf, index: Index, array: NDArray) -> Iterator[Task]:
+        if index == whole(leaf.spec.shape):
+            yield from tasks(leaf, array)
+        else:  # a shard's edges may lie inside packed blocks: expand all of the tensor, keep the shard
+            everything = np.empty(leaf.spec.shape, array.dtype)
+            run_tasks(list(tasks(leaf, everything)), Meter(0, None))
+            yield Task(architecture.name(leaf.path), array.nbytes, partial(np.copyto, array, everything[index]))
+
+    return read_params(wanted, target, tasks_of)
 
 
 def half_rotation_order(heads: int, width: int) -> NDArray[np.intp]:
@@ -94,4 +103,4 @@ def _task(
             copy_cast(values.T if transposed else values, target)
         file.release(tensor, start, nbytes)  # keeps the resident set near the size of the parameters
 
-    return Task(tensor.name, nbytes, run)
+    return Task(tensor.name, target.nbytes, run)

@@ -5,19 +5,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import Progress, Task, copy_cast
+from checkpoints.arrays import Task, copy_cast
 from checkpoints.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
 from checkpoints.leaves import Leaf, check_tensors, read_params
+from checkpoints.placement import Index, Target
 from checkpoints.safetensors_reader import SafetensorsFile, StoredTensor
 from checkpoints.tables import ignored_names, leaves_of, whole_names
 from jpaged.models.config import ModelConfig, config_from_hf, token_ids
@@ -54,13 +55,11 @@ def config_from_folder(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     return replace(config, eos_token_ids=tuple(dict.fromkeys(config.eos_token_ids + more))), generation
 
 
-def params_from_folder(
-    folder: Path, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
-) -> dict[str, Any]:
+def params_from_folder(folder: Path, config: ModelConfig, target: Target) -> dict[str, Any]:
     """Reads all safetensors of `folder`, tensor by tensor, into the tree of `checkpoints.tables`.
 
     Returns:
-        Nested dict of C-contiguous arrays of `dtype`, aligned to 64 bytes.
+        Nested dict of arrays, see `Checkpoint.params`.
 
     Raises:
         CheckpointNotFoundError: no weights.
@@ -83,7 +82,7 @@ def params_from_folder(
         {name: leaf.stored_shape for leaf in wanted for name in leaf.names},
         {name: tensor.shape for name, (_, tensor) in where.items() if not ignored.search(name)},
     )
-    return read_params(wanted, dtype, lambda leaf, array: _tasks(where, leaf, array), progress)
+    return read_params(wanted, target, partial(_tasks, where))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,31 +135,39 @@ def _what_else(folder: Path) -> str:
     return f"{folder}: there is no config.json in this folder; {hint}"
 
 
-def _tasks(where: Mapping[str, tuple[SafetensorsFile, StoredTensor]], leaf: Leaf, array: NDArray) -> Iterator[Task]:
-    """Cuts one leaf into ranges of rows of about 1 M weights."""
-    for name, part in zip(leaf.names, array if leaf.spec.stacked else [array], strict=True):
+def _tasks(
+    where: Mapping[str, tuple[SafetensorsFile, StoredTensor]], leaf: Leaf, index: Index, array: NDArray
+) -> Iterator[Task]:
+    """Cuts a part of one leaf into ranges of the file's rows of about 1 M weights."""
+    names, targets = leaf.names, [array]
+    if leaf.spec.stacked:
+        names, targets, index = names[index[0]], list(array), index[1:]
+    first, *others = index[::-1] if leaf.spec.transposed else index
+    for name, target in zip(names, targets, strict=True):
         file, tensor = where[name]
         source = file.read(tensor)
         step = max(256, (1 << 20) // (source.size // len(source)))
-        for start in range(0, len(source), step):
-            rows = slice(start, min(start + step, len(source)))
-            target = part[:, rows] if leaf.spec.transposed else part[rows]
-            yield _task(file, tensor, source, rows, target, leaf.spec.transposed)
+        for start in range(first.start, first.stop, step):
+            stop = min(start + step, first.stop)
+            rows = slice(start - first.start, stop - first.start)
+            part = target[:, rows] if leaf.spec.transposed else target[rows]
+            yield _task(file, tensor, source, (slice(start, stop), *others), part, leaf.spec.transposed)
 
 
 def _task(
     file: SafetensorsFile,
     tensor: StoredTensor,
     source: NDArray,
-    rows: slice,
+    index: Index,
     target: NDArray,
     transposed: bool,
 ) -> Task:
-    """Fills `target` with some rows of a tensor."""
-    part = source[rows]
+    """Fills `target` with some rows of a tensor, or with some columns of them."""
 
     def run() -> None:
+        part = source[index]
         copy_cast(part.T if transposed else part, target)
-        file.release(tensor, rows.start * source.strides[0], part.nbytes)
+        row = source.strides[0]
+        file.release(tensor, index[0].start * row, (index[0].stop - index[0].start) * row)
 
-    return Task(tensor.name, part.nbytes, run)
+    return Task(tensor.name, target.nbytes, run)

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import Progress, Task, aligned_arrays, run_tasks
+from checkpoints.arrays import Meter, Task, aligned_arrays, run_tasks
 from checkpoints.errors import MissingWeightsError
+from checkpoints.placement import Index, Target, held_bytes, place, whole
 
 
 @dataclass(frozen=True)
@@ -96,32 +96,44 @@ def leaves(tree: Tree, names: Names, path: tuple[str, ...] = ()) -> Iterator[Lea
 
 
 def read_params(
-    wanted: Iterable[Leaf],
-    dtype: np.dtype,
-    tasks_of: Callable[[Leaf, NDArray], Iterable[Task]],
-    progress: Progress | None = None,
+    wanted: Iterable[Leaf], target: Target, tasks_of: Callable[[Leaf, Index, NDArray], Iterable[Task]]
 ) -> dict[str, Any]:
-    """Allocates all parameters and fills them.
+    """Makes all parameters: first those that stay on the host, then the others, shard by shard.
 
     Args:
         wanted: the model's leaves.
-        dtype: element type of every leaf.
-        tasks_of: given a leaf and its array, the tasks that fill the array from a checkpoint.
-        progress: see `checkpoints.arrays.Progress`.
+        target: their element type and where they go.
+        tasks_of: given a leaf, a part of it and an array of the part's shape, the tasks that fill the array from a
+            checkpoint.
 
     Returns:
-        The tree. Its arrays are read-only, for JAX may share their memory.
+        The tree. Its NumPy arrays are read-only, for JAX may share their memory.
     """
-    wanted = list(wanted)
-    arrays = aligned_arrays((leaf.spec.shape for leaf in wanted), dtype)
-    run_tasks([task for leaf, array in zip(wanted, arrays, strict=True) for task in tasks_of(leaf, array)], progress)
-    params: dict[str, Any] = {}
-    for leaf, array in zip(wanted, arrays, strict=True):
+    wanted, dtype = list(wanted), target.dtype
+    meter = Meter(sum(held_bytes(leaf.spec.shape, dtype) for leaf in wanted), target.progress)
+    shardings = [target.sharding_of(leaf.path, leaf.spec.shape) for leaf in wanted]
+    host = [leaf for leaf, sharding in zip(wanted, shardings, strict=True) if sharding is None]
+    made: dict[tuple[str, ...], Any] = {}
+    arrays = aligned_arrays((leaf.spec.shape for leaf in host), dtype)
+    tasks = [t for leaf, array in zip(host, arrays, strict=True) for t in tasks_of(leaf, whole(array.shape), array)]
+    run_tasks(tasks, meter)
+    for leaf, array in zip(host, arrays, strict=True):
         array.flags.writeable = False
+        made[leaf.path] = array
+    for leaf, sharding in zip(wanted, shardings, strict=True):
+        if sharding is not None:
+            made[leaf.path] = place(
+                leaf.spec.shape,
+                dtype,
+                sharding,
+                lambda index, part, leaf=leaf: run_tasks(list(tasks_of(leaf, index, part)), meter),  # type: ignore[misc]
+            )
+    params: dict[str, Any] = {}
+    for leaf in wanted:
         node = params
         for key in leaf.path[:-1]:
             node = node.setdefault(key, {})
-        node[leaf.path[-1]] = array
+        node[leaf.path[-1]] = made[leaf.path]
     return params
 
 

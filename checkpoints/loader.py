@@ -11,8 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from checkpoints.arrays import Progress, as_dtype
 from checkpoints.errors import (
     CheckpointError,
@@ -20,6 +18,7 @@ from checkpoints.errors import (
     CorruptCheckpointError,
     UnsupportedCheckpointError,
 )
+from checkpoints.placement import Target, as_sharding_of
 from jpaged.models.config import ModelConfig, ModelConfigError, UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -57,8 +56,8 @@ class Checkpoint:
 
     params: dict[str, Any]
     """Flax Linen parameter tree (see `checkpoints.tables`): nested dict of C-contiguous NumPy arrays, aligned
-    to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only. From Orbax:
-    JAX arrays on the default device."""
+    to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only. JAX arrays
+    where `load(sharding=...)` said where they go; from Orbax always, on the default device if nothing was said."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
     """Fast tokenizer with its chat template. None if there is none, or if it was not wanted."""
@@ -77,6 +76,7 @@ def load(
     revision: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     skip_tokenizer: bool = False,
+    sharding: Any = None,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Loads configuration, parameters and tokenizer of a model.
@@ -88,7 +88,10 @@ def load(
         revision: branch, tag or commit of a hub id.
         tokenizer: folder, hub id or .gguf file of a tokenizer to use instead of the model's own.
         skip_tokenizer: load none; saves the import of transformers.
-        progress: called as progress(done bytes, total bytes, tensor) while the weights are read.
+        sharding: where parameters go: a function (path, shape) -> `jax.sharding.Sharding` or None, or a nested dict of
+            them like the parameter tree, in which one may stand for a subtree. They are read one shard at a time.
+            None: parameters stay on the host, as NumPy arrays.
+        progress: called as progress(done bytes, total bytes, tensor) while the parameters are made.
 
     Returns:
         The checkpoint; its parameters are the only large thing in memory.
@@ -111,7 +114,7 @@ def load(
             built = opened.tokenizer() if tokenizer is None else _other_tokenizer(tokenizer)
         return Checkpoint(
             config=opened.config,
-            params=opened.params(element_type, progress),
+            params=opened.params(Target(element_type, as_sharding_of(sharding), progress)),
             tokenizer=built,
             generation_config=opened.generation_config,
             source=str(path),
@@ -145,7 +148,7 @@ class _Opened(NamedTuple):
     config: ModelConfig
     generation_config: dict[str, Any]
     tokenizer: "Callable[[], PreTrainedTokenizerBase | None]"
-    params: Callable[[np.dtype, Progress | None], dict[str, Any]]
+    params: Callable[[Target], dict[str, Any]]
 
 
 def _open_gguf(path: Path) -> _Opened:

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints.arrays import Progress
 from checkpoints.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedCheckpointError
 from checkpoints.leaves import check_tensors
+from checkpoints.placement import Target, held_bytes
 from checkpoints.tables import leaves_of
 from jpaged.models.config import ModelConfig
 
@@ -52,10 +52,8 @@ def config_folder(checkpoint: Path) -> Path:
     )
 
 
-def params_from_orbax(
-    checkpoint: Path, config: ModelConfig, dtype: np.dtype, progress: Progress | None = None
-) -> dict[str, Any]:
-    """Reads the parameters, cast on the way, onto the default device.
+def params_from_orbax(checkpoint: Path, config: ModelConfig, target: Target) -> dict[str, Any]:
+    """Reads the parameters, cast on the way, to where they go; onto the default device if nothing is said.
 
     Returns:
         Nested dict of JAX arrays of `dtype`: the tree of `checkpoints.tables`.
@@ -74,13 +72,14 @@ def params_from_orbax(
         {"/".join(path): shape for path, shape in wanted.items()},
         {"/".join(path): stored[whole] for path, whole in ours.items()},
     )
-    loaded = _load(checkpoint, {ours[path]: shape for path, shape in wanted.items()}, dtype)
+    shardings = {ours[path]: target.sharding_of(path, shape) for path, shape in wanted.items()}
+    loaded = _load(checkpoint, {ours[path]: shape for path, shape in wanted.items()}, target.dtype, shardings)
     params: dict[str, Any] = {}
     for path in wanted:
         _put(params, path, _get(loaded, ours[path]))
-    if progress is not None:
-        total = sum(int(np.prod(shape)) for shape in wanted.values()) * dtype.itemsize
-        progress(total, total, checkpoint.name)
+    if target.progress is not None:
+        total = sum(held_bytes(shape, target.dtype) for shape in wanted.values())
+        target.progress(total, total, checkpoint.name)
     return params
 
 
@@ -96,15 +95,15 @@ def _metadata(checkpoint: Path) -> dict[Keys, tuple[int, ...]]:
     return {path: tuple(leaf.shape) for path, leaf in _flatten(tree) if getattr(leaf, "shape", None) is not None}
 
 
-def _load(checkpoint: Path, shapes: dict[Keys, tuple[int, ...]], dtype: np.dtype) -> Any:
+def _load(checkpoint: Path, shapes: dict[Keys, tuple[int, ...]], dtype: np.dtype, shardings: dict[Keys, Any]) -> Any:
     """Reads the named leaves and nothing else."""
     import jax
     from orbax.checkpoint import v1
 
     abstract: dict[Any, Any] = {}
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     for path, shape in shapes.items():
-        _put(abstract, path, jax.ShapeDtypeStruct(shape, dtype, sharding=sharding))
+        _put(abstract, path, jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path] or default))
     context = v1.Context()
     context.pytree.loading.partial_load = True
     try:

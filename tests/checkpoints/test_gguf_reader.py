@@ -22,6 +22,7 @@ from checkpoints.errors import CheckpointError, CorruptCheckpointError, Unsuppor
 from checkpoints.gguf import GGUFFile
 from checkpoints.gguf_config import config_from_gguf
 from checkpoints.gguf_params import params_from_gguf
+from checkpoints.placement import Target
 
 
 def write(tmp_path, data: bytes):
@@ -219,7 +220,7 @@ def test_missing_surplus_and_misshapen_tensors_are_all_listed(tmp_path):
     tensors["blk.0.attn_k.weight"] = np.zeros((8, 32), np.float32)
     file = GGUFFile(write(tmp_path, gguf_bytes(llama_metadata(), f32(tensors))))
     with pytest.raises(MissingWeightsError) as caught:
-        params_from_gguf(file, config_from_gguf(file), np.dtype(np.float32))
+        params_from_gguf(file, config_from_gguf(file), Target(np.dtype(np.float32)))
     assert set(caught.value.missing) == {"blk.0.ffn_up.weight", "output_norm.weight"}
     assert caught.value.surplus == ("blk.1.attn_q.weight",)
     assert caught.value.misshapen == (("blk.0.attn_k.weight", (16, 32), (8, 32)),)
