@@ -161,7 +161,7 @@ def attend(
 
     Args:
       q, k, v: [B, T, heads, D] without a pool, [T, heads, D] with one, of R + P * C tokens as `PagedLayout` says.
-        v may be narrower than k.
+        A v that is narrower than k is k's first columns: the pool then holds k alone.
       kv: the layer's pool. None: the tokens attend to each other.
       layout: where their K and V go, and what they attend to. Needed with a pool.
       scale, sliding_window, logit_soft_cap, sinks: see `pallas_kernels.paged_attention`.
@@ -176,8 +176,8 @@ def attend(
     }
     if kv is None or layout is None:
         return _dense(q, k, v, **options), kv
-    narrower = k.shape[-1] - v.shape[-1]
-    kv = write_kv(kv, k, jnp.pad(v, ((0, 0), (0, 0), (0, narrower))) if narrower else v, layout.slots)
+    narrower = v.shape[-1] < k.shape[-1]
+    kv = write_kv(kv, k, None if narrower else v, layout.slots)
     rows, tiles = layout.num_decodes, layout.num_tiles
     lanes = []
     if rows:

@@ -24,20 +24,22 @@ class KVPoolSpec:
     num_kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    parts: int = 2
+    """Keys and values; 1: keys alone, which are values too."""
 
     @classmethod
     def of(cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int) -> "KVPoolSpec":
-        heads, width = config.cache_shape
-        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype))
+        parts, heads, width = config.cache_shape
+        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts)
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
-        return pool_shape(self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim)
+        return pool_shape(self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim, self.parts)
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block: K and V of `block_size` tokens in all layers."""
-        values = 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
+        """Bytes of one block: what all layers keep of `block_size` tokens."""
+        values = self.parts * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
         return values * self.dtype.itemsize
 
     @property

@@ -5,6 +5,9 @@ and its values at [:, 1], so that copying or swapping a block moves one contiguo
 padding writes there, and nothing that matters reads it. A quantised pool is a `QuantizedKV`, which has the same shape
 and scales beside it.
 
+A pool [num_blocks, 1, Hkv, block_size, D] holds keys that are their tokens' values too: the latents of multi-head
+latent attention (arXiv 2405.04434), whose values are the first columns of the keys. Nothing is stored or read twice.
+
 Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs from capability 8.0 on. Left alone, the fastest that
 supports the dtype and the shape runs; `implementation=` or the environment's JPAGED_ATTENTION choose another.
 """
@@ -20,17 +23,17 @@ from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
 
-def pool_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int) -> tuple[int, ...]:
-    """Shape of one layer's pool."""
-    return (num_blocks, 2, num_kv_heads, block_size, head_dim)
+def pool_shape(num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, parts: int = 2) -> tuple[int, ...]:
+    """Shape of one layer's pool; parts: 2 for keys and values, 1 for keys that are values too."""
+    return (num_blocks, parts, num_kv_heads, block_size, head_dim)
 
 
-def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pool:
+def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array | None, slots: jax.Array) -> Pool:
     """Writes the keys and values of T tokens to their slots.
 
     Args:
       kv: [num_blocks, 2, Hkv, block_size, D]; updated in place where it is donated.
-      k, v: [T, Hkv, D]; quantised on the way into a quantised pool.
+      k, v: [T, Hkv, D]; quantised on the way into a quantised pool. v is None for a pool of keys alone.
       slots: int32 [T]: block * block_size + offset. Slots may repeat in the null block only.
 
     Returns: the layer's pool.
@@ -71,7 +74,8 @@ def paged_decode_attention(
         the online softmax. Changes the speed and nothing else.
       implementation: "auto", "xla" or "triton"; None: the environment's JPAGED_ATTENTION, else "auto".
 
-    Returns: [R, Hq, D], q's dtype, and with return_lse float32 [R, Hq], -inf for padding. Sums are float32.
+    Returns: [R, Hq, D], q's dtype, and with return_lse float32 [R, Hq], -inf for padding. Sums are float32. Over
+    a pool of keys alone they are sums of whole keys, of which the caller takes the columns that are values.
 
     Raises:
       ValueError: the implementation asked for is unknown or does not support these arguments.

@@ -1,6 +1,6 @@
 """The test oracle, in NumPy and float64: gather contexts through the block tables, mask, softmax. Clear, and slow.
 
-A layer's pool is [num_blocks, 2, Hkv, block_size, D]; [:, 0] are keys, [:, 1] are values.
+A layer's pool is [num_blocks, 2, Hkv, block_size, D]; [:, 0] are keys, [:, 1] are values; with one part, both are.
 """
 
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 
 def paged_attention(
     q,  # [N, C, Hq, D]: C consecutive queries of each of N rows
-    kv,  # [num_blocks, 2, Hkv, block_size, D]
+    kv,  # [num_blocks, 2 or 1, Hkv, block_size, D]
     tables,  # int [N, W]
     starts,  # int [N]: position of the first query
     lengths,  # int [N]: real queries; the others give zeros, and -inf for the log of their sum
@@ -21,8 +21,9 @@ def paged_attention(
     q, kv = np.asarray(q).astype(np.float64), np.asarray(kv).astype(np.float64)
     starts, lengths = np.asarray(starts), np.asarray(lengths)
     n, c, heads, size = q.shape
-    gathered = kv[np.asarray(tables)].transpose(2, 0, 1, 4, 3, 5)  # [2, N, W, block_size, Hkv, D]
-    keys, values = gathered.reshape(2, n, -1, kv.shape[2], size)  # [N, S, Hkv, D] each
+    gathered = kv[np.asarray(tables)].transpose(2, 0, 1, 4, 3, 5)  # [2 or 1, N, W, block_size, Hkv, D]
+    gathered = gathered.reshape(kv.shape[1], n, -1, kv.shape[2], size)
+    keys, values = gathered[0], gathered[-1]  # [N, S, Hkv, D] each
     scores = np.einsum("nckgd,nskd->nckgs", q.reshape(n, c, kv.shape[2], -1, size), keys) * scale
     if logit_soft_cap is not None:
         scores = logit_soft_cap * np.tanh(scores / logit_soft_cap)

@@ -31,6 +31,8 @@ def unsupported(q: jax.Array, kv: KV, device: Device) -> str | None:
     size = values.shape[-1]
     if device.platform != "cuda" or device.capability < 80:
         return "needs an NVIDIA GPU of capability 8.0 or more"
+    if values.shape[1] == 1:
+        return "reads keys and values apart, and this pool holds keys that are values too"
     if size % 16 or len(softmax.pieces_of(size)) > 2 or size > 256:
         return f"has no head size {size}: 16 to 256, a multiple of 16 that is a power of two or the sum of two"
     if q.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -30,17 +30,20 @@ class Seen(NamedTuple):
 LOWEST = -1e30  # where a running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
 
 
-def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array, slots: jax.Array) -> Pool:
+def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array | None, slots: jax.Array) -> Pool:
     """See `api.write_kv`."""
-    if isinstance(kv, QuantizedKV):
-        (k, k_scales), (v, v_scales) = quantize(k, kv.values.dtype), quantize(v, kv.values.dtype)
-        scales = write_kv(kv.scales[..., None], k_scales[..., None], v_scales[..., None], slots)
-        return type(kv)(write_kv(kv.values, k, v, slots), scales[..., 0])
+    new = jnp.stack([k] if v is None else [k, v], axis=1)  # [T, 2 or 1, Hkv, D]
+    if not isinstance(kv, QuantizedKV):
+        return _write(kv, new, slots)  # type: ignore[return-value]  # the same type
+    values, scales = quantize(new, kv.values.dtype)
+    return type(kv)(_write(kv.values, values, slots), _write(kv.scales[..., None], scales[..., None], slots)[..., 0])
+
+
+def _write(kv: jax.Array, new: jax.Array, slots: jax.Array) -> jax.Array:
     if slots.shape[0] == 1:  # XLA:CPU copies the whole pool for a scatter of one row: write the null block too
-        k, v, slots = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (k, v, slots))
+        new, slots = (jnp.concatenate([x, jnp.zeros_like(x)]) for x in (new, slots))
     block_size = kv.shape[3]
-    new = jnp.stack([k, v], axis=1).astype(kv.dtype)  # [T, 2, Hkv, D]
-    return kv.at[slots // block_size, :, :, slots % block_size].set(new)  # type: ignore[return-value]  # the same type
+    return kv.at[slots // block_size, :, :, slots % block_size].set(new.astype(kv.dtype))
 
 
 def paged_decode_attention(
@@ -195,9 +198,9 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
     """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1]."""
     n, kv_heads, m, size = q.shape
     values, scales = kv if isinstance(kv, QuantizedKV) else (kv, None)
-    block_size = values.shape[3]
+    parts, block_size = values.shape[1], values.shape[3]
     span = chunk_blocks * block_size
-    runs = values.reshape(-1, block_size * size)  # row (2 * block + is_value) * Hkv + head
+    runs = values.reshape(-1, block_size * size)  # row (parts * block + is_value) * Hkv + head
     heads = jnp.arange(kv_heads)[:, None]
     q = q.reshape(n * kv_heads, m, size)
     begin, end = begin[:, None, :, None], end[:, None, :, None]  # [n, 1, M or 1, 1]
@@ -213,8 +216,9 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
     def body(carry):
         chunk, high, total, out = carry
         blocks = lax.dynamic_slice_in_dim(tables, chunk * chunk_blocks, chunk_blocks, axis=1)[:, None]
-        keys = 2 * kv_heads * blocks + heads
-        scores = jnp.einsum("xmd,xkd->xmk", q, gather(keys), preferred_element_type=jnp.float32)
+        index = parts * kv_heads * blocks + heads
+        keys = gather(index)
+        scores = jnp.einsum("xmd,xkd->xmk", q, keys, preferred_element_type=jnp.float32)
         scores = scores.reshape(n, kv_heads, m, span)
         if logit_soft_cap is not None:
             scores = jnp.tanh(scores / logit_soft_cap) * logit_soft_cap
@@ -227,7 +231,7 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
         new = jnp.einsum(
             "xmk,xkd->xmd",
             weights.reshape(-1, m, span).astype(q.dtype),
-            gather(keys + kv_heads),
+            keys if parts == 1 else gather(index + kv_heads),
             preferred_element_type=jnp.float32,
         )
         out = out * shrink[..., None] + new.reshape(out.shape)

@@ -32,6 +32,7 @@ class Case(NamedTuple):
     sinks: bool = False
     dtype: str = "float32"
     pool: str | None = None  # of a quantised pool
+    parts: int = 2  # 1: keys are values too
 
 
 CASES = {
@@ -50,6 +51,8 @@ CASES = {
 XLA_CASES = {
     "odd head size, odd block": Case(8, 8, 1, 33, 12, 12, window=9),
     "more rows than a group": Case(40, 3, 3, 24, 8, 9),
+    "latents": Case(7, 8, 1, 40, 8, 40, parts=1),
+    "latents of two heads, int8, all at once": Case(7, 6, 2, 24, 8, 20, 30, 20.0, sinks=True, pool="int8", parts=1),
 }
 RUNS = [(name, "xla") for name in CASES | XLA_CASES] + [(name, "triton") for name in CASES]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
@@ -71,7 +74,7 @@ def make(case: str, tile: int = 1, seed: int = 0) -> Made:
     c = (CASES | XLA_CASES)[case]
     rng = np.random.default_rng(seed)
     count = c.rows * c.width + 1
-    kv = jnp.asarray(rng.standard_normal(pool_shape(count, c.block, c.kv_heads, c.size)), c.dtype)
+    kv = jnp.asarray(rng.standard_normal(pool_shape(count, c.block, c.kv_heads, c.size, c.parts)), c.dtype)
     if c.pool:
         kv = QuantizedKV(*quantize(kv, c.pool))
     tables = 1 + rng.permutation(count - 1).reshape(c.rows, c.width).astype(np.int32)
@@ -215,6 +218,21 @@ def test_write_kv(count):
     np.testing.assert_array_equal(got[1:], expected[1:])  # the null block may hold anything
 
 
+@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("count", [1, 6])
+def test_write_keys_alone(count, quantised):
+    kv = jnp.zeros(pool_shape(3, 4, 2, 16, parts=1))
+    k = np.random.default_rng(0).integers(-127, 128, (count, 2, 16)).astype(np.float32)
+    k[..., 0] = 127  # so that int8 is exact
+    slots = np.arange(4, 4 + count, dtype=np.int32)
+    pool = QuantizedKV(*quantize(kv, "int8")) if quantised else kv
+    got = jax.jit(write_kv)(pool, k, None, slots)
+    got = np.array(dequantize(got) if quantised else got)
+    np.testing.assert_array_equal(got[slots // 4, 0, :, slots % 4], k)
+    got[slots // 4, 0, :, slots % 4] = 0
+    assert not got[1:].any()
+
+
 @pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
 def test_quantised_within_the_stated_bound(dtype, bound):
     """Half a step of the largest value with int8; a sixteenth of the value itself with e4m3 (above its smallest)."""
@@ -258,3 +276,5 @@ def test_implementations_by_name(monkeypatch):
     with pytest.raises(ValueError, match="no head size 33"):
         decode(made)
     decode(made, implementation="xla")  # the argument comes before the environment
+    with pytest.raises(ValueError, match="keys that are values too"):
+        decode(make("latents"), implementation="triton")

@@ -134,9 +134,9 @@ class ModelConfig:
         return self.head_dim
 
     @property
-    def cache_shape(self) -> tuple[int, int]:
-        """(heads, width) of a token's keys, and of its values, in one layer of the pool."""
-        return self.num_key_value_heads, self.head_dim
+    def cache_shape(self) -> tuple[int, int, int]:
+        """What a layer keeps of a token: (2: keys and values, or 1: keys that are values too; heads; width)."""
+        return 2, self.num_key_value_heads, self.head_dim
 
     def for_length(self, max_model_len: int) -> Self:
         """The configuration for sequences of at most so many tokens.

@@ -67,8 +67,8 @@ class DeepseekV3Config(MoEConfig):
         return self.qk_rope_head_dim
 
     @property
-    def cache_shape(self) -> tuple[int, int]:
-        return 1, self.kv_lora_rank + self.qk_rope_head_dim
+    def cache_shape(self) -> tuple[int, int, int]:
+        return 1, 1, self.kv_lora_rank + self.qk_rope_head_dim
 
     @classmethod
     def _fields(cls, read: Reader) -> dict[str, Any]:
