@@ -6,13 +6,18 @@ step():   plan = scheduler.schedule()            host, while the device computes
 """
 
 import collections
+import contextlib
 import dataclasses
 import itertools
+import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import jax
 
 from jpaged.config import EngineConfig
-from jpaged.errors import EngineDeadError, InvalidRequestError
+from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError
 from jpaged.output_processor import OutputProcessor
 from jpaged.outputs import RequestMetrics, RequestOutput
 from jpaged.runtime.runner import StepResult
@@ -21,12 +26,14 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.scheduling.beams import new_search
 from jpaged.sequence import FinishReason, Holder, Sequence, SequenceGroup
-from jpaged.source import of_arguments
+from jpaged.source import Params, fit, flatten, of_arguments
 from jpaged.startup import Components, build
 from jpaged.tokenization import Prompt, encode_prompt
 
 MAX_CANDIDATES = 1024
 """Continuations that a beam search looks at in a step."""
+InFlight = Literal["recompute", "continue", "abort"]
+"""What becomes of unfinished requests when the weights change."""
 _SEED_MASK = (1 << 64) - 1
 
 
@@ -68,6 +75,8 @@ class LLMEngine:
         self._interrupted = False
         self._failure: BaseException | None = None
         self._aborted: list[SequenceGroup] = []
+        self._ready: list[RequestOutput] = []  # for the next step to return
+        self._to_linen = parts.to_linen
         self.times = StepTimes()
 
     # ---------------------------------------------------------------------------------------------- requests
@@ -80,6 +89,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         holder: Holder | None = None,
+        scored_from: int = 0,
     ) -> None:
         """Queues a request.
 
@@ -89,6 +99,8 @@ class LLMEngine:
           params: how to sample; None: `SamplingParams()`.
           priority: smaller is served first; needs scheduling_policy="priority".
           holder: of a session: the request goes on with its blocks and leaves it the blocks that it has in the end.
+          scored_from: with prompt_logprobs: the first position that gets them. What is before it may be found in the
+            prefix cache.
 
         Raises:
           InvalidRequestError: it can't be served as asked. Nothing else is affected.
@@ -116,6 +128,7 @@ class LLMEngine:
             (priority, arrival),
             RequestMetrics(arrival_time=time.monotonic()),
             salt,
+            scored_from=scored_from,
         )
         wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
@@ -141,9 +154,9 @@ class LLMEngine:
     abort_request = abort
 
     def take_aborted(self) -> list[RequestOutput]:
-        """What aborted requests had, without a step."""
-        aborted, self._aborted = self._aborted, []
-        return [self._outputs.output(group) for group in aborted]
+        """What aborted requests had, without a step, after what was read before them."""
+        (ready, self._ready), (aborted, self._aborted) = (self._ready, []), (self._aborted, [])
+        return ready + [self._outputs.output(group) for group in aborted]
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -151,7 +164,42 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do or to return."""
-        return bool(self._groups or self._aborted or self._in_flight)
+        return bool(self._groups or self._aborted or self._ready or self._in_flight)
+
+    # ----------------------------------------------------------------------------------------------- weights
+
+    @property
+    def params(self) -> Params:
+        """The parameters that are served: the arrays themselves."""
+        return self.runner.params
+
+    @property
+    def weights_version(self) -> int:
+        """How often the weights have been updated."""
+        return self.blocks.weights_version
+
+    def update_weights(self, params: Any, *, in_flight: InFlight = "recompute") -> int:
+        """Serves other parameters from the next step on; see `LLM.update_weights`."""
+        self._check_alive()
+        if in_flight not in ("recompute", "continue", "abort"):
+            raise InvalidConfigError(f"in_flight={in_flight!r} must be recompute, continue or abort.")
+        current = self.runner.params
+        new = fit(flatten(params, self._to_linen), current)
+        if all(map(operator.is_, jax.tree.leaves(new), jax.tree.leaves(current))):
+            return self.weights_version
+        with self._dies_of_errors():
+            while self._in_flight:  # what was launched belongs to the old weights
+                self._ready += self._commit()
+        self.runner.params = new
+        if in_flight == "abort":
+            self.abort(list(self._groups))
+        elif in_flight == "recompute":
+            self.scheduler.preempt_all(swapped_too=True)
+            for group in self._groups.values():
+                if group.wants_prompt_logprobs:
+                    group.prompt_logprobs = None
+        self.blocks.new_weights()
+        return self.weights_version
 
     # -------------------------------------------------------------------------------------------------- step
 
@@ -163,16 +211,22 @@ class LLMEngine:
         """
         self._check_alive()
         start, waited = time.perf_counter(), self.times.wait
+        outputs, self._ready = self._ready, []
+        with self._dies_of_errors():
+            outputs += self._step()
+        outputs += self.take_aborted()
+        self.times.host += time.perf_counter() - start - (self.times.wait - waited)
+        return outputs
+
+    @contextlib.contextmanager
+    def _dies_of_errors(self) -> Iterator[None]:
         try:
-            outputs = self._step()
+            yield
         except Exception as error:
             self._failure = error
             raise EngineDeadError(
                 f"a step failed and the engine can't go on: {type(error).__name__}: {error}"
             ) from error
-        outputs += self.take_aborted()
-        self.times.host += time.perf_counter() - start - (self.times.wait - waited)
-        return outputs
 
     def _step(self) -> list[RequestOutput]:
         outputs: list[RequestOutput] = []

@@ -1,21 +1,22 @@
 """LLM: the offline API. Prompts in, finished outputs back in their order."""
 
+import dataclasses
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jpaged.engine import LLMEngine
+from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import InvalidRequestError
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.progress import Progress
 from jpaged.sampling_params import MAX_LOGPROBS, BeamSearchParams, RequestOutputKind, SamplingParams
 from jpaged.sequence import Holder
 from jpaged.session import Session
+from jpaged.source import Params
 from jpaged.tokenization import Chat, Prompt, encode_prompt, is_chat, render_chat
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer
-
-import dataclasses
 
 
 class LLM:
@@ -43,6 +44,7 @@ class LLM:
 
     def __init__(self, model: Any = "smollm2-135m", *, params: Any = None, **arguments) -> None:
         self.engine = LLMEngine(model=model, params=params, **arguments)
+        self._pinned: weakref.WeakSet[Session] = weakref.WeakSet()
         self._next_id = 0
 
     def get_tokenizer(self) -> "Tokenizer | None":
@@ -55,6 +57,7 @@ class LLM:
         *,
         use_tqdm: bool = True,
         priority: Sequence[int] | None = None,
+        params: Any = None,
     ) -> list[RequestOutput]:
         """Continues prompts.
 
@@ -63,12 +66,15 @@ class LLM:
           sampling_params: one for all, or one for each prompt.
           use_tqdm: whether to show progress (on a terminal).
           priority: one for each prompt, with scheduling_policy="priority".
+          params: parameters to serve from now on, as by `update_weights`; None: those that are served.
 
         Returns: one finished output for each prompt, in order.
 
         Raises:
           InvalidRequestError: a prompt or its parameters can't be served. None of the call's prompts is run.
         """
+        if params is not None:
+            self.update_weights(params)
         return self._generate(_as_list(prompts), sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def _generate(
@@ -79,6 +85,7 @@ class LLM:
         use_tqdm: bool = False,
         priority: Sequence[int] | None = None,
         holders: Sequence[Holder] | None = None,
+        scored_from: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or SamplingParams()] * len(many)
@@ -98,6 +105,7 @@ class LLM:
                     params,
                     priority=priority[i] if priority else 0,
                     holder=holders[i] if holders else None,
+                    scored_from=scored_from[i] if scored_from else 0,
                 )
                 ids.append(request_id)
             return self._run(ids, use_tqdm)
@@ -141,6 +149,78 @@ class LLM:
         """Searches for the most likely outputs of each prompt: `beam_width` of them, best first, with their scores."""
         return self.generate(prompts, params.as_sampling_params(), use_tqdm=use_tqdm)
 
+    def score(
+        self, prompts: Prompt | Sequence[Prompt], completions: Sequence[str | Sequence[int]], *, use_tqdm: bool = True
+    ) -> list[list[float]]:
+        """Log-probabilities of given completions: of each token, given the prompt and the tokens before it.
+
+        Completions of one prompt compute it once, by the prefix cache.
+
+        Args:
+          prompts: one for all completions, or one for each.
+          completions: text, tokenised apart from its prompt and without special tokens, or token ids; not empty. Prompt
+            and completion together have fewer than max_model_len tokens.
+
+        Returns: natural logarithms, one list for each completion, one number for each of its tokens.
+
+        Raises:
+          InvalidRequestError: a prompt or a completion can't be served. None of the call's is run.
+        """
+        many = _as_list(prompts)
+        many = many * len(completions) if len(many) == 1 else many
+        if len(many) != len(completions):
+            raise InvalidRequestError(f"{len(many)} prompts need as many completions, not {len(completions)}.")
+        whole: list[Prompt] = []
+        starts: list[int] = []
+        for prompt, completion in zip(many, completions, strict=True):
+            _, tokens, salt = encode_prompt(prompt, self.engine.tokenizer)
+            self.engine.check_prompt(tokens)
+            if isinstance(completion, str):
+                if self.engine.tokenizer is None:
+                    raise InvalidRequestError("text needs a tokenizer, and this engine has none: use token ids.")
+                completion = self.engine.tokenizer.backend_tokenizer.encode(completion, add_special_tokens=False).ids
+            if not completion:
+                raise InvalidRequestError("a completion is empty: there is nothing to score.")
+            starts.append(len(tokens))
+            whole.append({"prompt_token_ids": [*tokens, *completion], "cache_salt": salt})
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        outputs = self._generate(whole, params, use_tqdm=use_tqdm, scored_from=starts)
+        return [_own_logprobs(output, start) for output, start in zip(outputs, starts, strict=True)]
+
+    # ------------------------------------------------------------------------------------------------- weights
+
+    @property
+    def params(self) -> Params:
+        """The parameters that are served, as a Linen tree: the arrays themselves, not copies."""
+        return self.engine.params
+
+    def update_weights(self, params: Any, *, in_flight: InFlight = "recompute") -> int:
+        """Serves other parameters of the same model from the next step on. Nothing is traced or compiled for it.
+
+        Leaves that have the served dtype and place are taken as they are, without a copy; others are cast or moved.
+        All cached keys and values belong to the old parameters and are never used again: the prefix cache is empty
+        then, sessions compute their tokens anew when they go on, and pinned ones do so at once.
+
+        Args:
+          params: a tree as `LLM` takes it, with the served shapes. If its arrays are those that are served already,
+            nothing happens. Do not donate them to a jitted function (`donate_argnums`) while they are served.
+          in_flight: what becomes of unfinished requests. Tokens that they have stay in any case.
+            recompute: all keys and values are computed again; what follows is the new parameters' alone.
+            continue: they go on with their old keys and values (as in PipelineRL, arXiv 2509.19128).
+            abort: they end with what they have.
+
+        Returns: how often the weights have been updated: the `weights_version` of outputs that end from now on.
+
+        Raises:
+          MissingWeightsError: leaves are missing, surplus or misshapen; all are listed. Nothing has changed.
+          InvalidConfigError: `params` is no tree of floating-point arrays. Nothing has changed.
+        """
+        pinned = [session for session in self._pinned if session.pinned]
+        version = self.engine.update_weights(params, in_flight=in_flight)
+        for session in pinned:
+            session.pin()
+        return version
+
     # ------------------------------------------------------------------------------------------------ sessions
 
     def session(self, prompt: Prompt) -> Session:
@@ -181,6 +261,10 @@ class LLM:
         prompts: list[Prompt] = [{"prompt_token_ids": s.token_ids, "cache_salt": s.cache_salt} for s in sessions]
         return self._generate(prompts, params, holders=holders)
 
+    def remember_pin(self, session: Session) -> None:
+        """A session has been pinned: it will be again when the weights change."""
+        self._pinned.add(session)
+
     def reset_prefix_cache(self) -> None:
         """Forgets the blocks kept from earlier requests."""
         self.engine.blocks.reset_prefix_cache()
@@ -197,6 +281,12 @@ class LLM:
                         progress.note(f"{tokens} tokens")
                         progress.advance()
         return [finished[i] for i in ids]
+
+
+def _own_logprobs(output: RequestOutput, start: int) -> list[float]:
+    """Those of the prompt's own tokens from a position on."""
+    at = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)  # type: ignore[index]
+    return [logprobs[token].logprob for token, logprobs in at]  # type: ignore[index]  # there is one from there on
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

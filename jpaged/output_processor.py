@@ -109,6 +109,7 @@ class OutputProcessor:
             logprobs=None if logprobs is None else list(logprobs),
             finish_reason=None if sequence.finish_reason is None else str(sequence.finish_reason),
             stop_reason=sequence.stop_reason,
+            weights_version=sequence.weights_version,
             score=sequence.score,
         )
 
@@ -191,7 +192,7 @@ class OutputProcessor:
             if wanted is None or sequence.index != 0:
                 continue
             if group.prompt_logprobs is None:
-                group.prompt_logprobs = [None]  # nothing predicts the first token
+                group.prompt_logprobs = [None] * max(group.scored_from, 1)  # nothing predicts the first token
             known = group.prompt_logprobs
             for j in range(length):
                 # After a preemption the first positions come again: only what is next is taken.

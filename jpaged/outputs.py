@@ -32,6 +32,8 @@ class CompletionOutput:
     """None while running; then one of stop, length, abort, error."""
     stop_reason: int | str | None = None
     """The stop string or stop token that ended it; None for the end-of-sequence token and the rest."""
+    weights_version: int | None = None
+    """How often the weights had been updated when it ended; None while running."""
     score: float | None = None
     """Of a beam search: cumulative_logprob / length ** length_penalty, by which the outputs are ranked."""
 
@@ -76,6 +78,12 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int
     """Prompt tokens whose K and V came from the prefix cache."""
+
+    @property
+    def weights_version(self) -> int | None:
+        """Under which weights the last of its outputs ended; see `LLM.update_weights`. None while any is running."""
+        versions = [output.weights_version for output in self.outputs]
+        return None if None in versions else max(versions, default=None)  # type: ignore[type-var]  # none is None
 
     def followed_by(self, newer: "RequestOutput") -> "RequestOutput":
         """Two deltas of one request as one: the older one's text and tokens, and then the newer one's."""

@@ -64,6 +64,8 @@ class Sequence:
     """Gets its blocks when it ends; None: they are released."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    weights_version: int | None = None
+    """Under which weights it ended."""
     logprobs: list[LogprobsAt] = dataclasses.field(default_factory=list)
     cumulative_logprob: float = 0.0
     score: float | None = None
@@ -107,6 +109,8 @@ class SequenceGroup:
     status: Status = Status.WAITING
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[LogprobsAt | None] | None = None
+    scored_from: int = 0
+    """The first position whose token's log-probability is wanted, if those of the prompt are."""
     num_cached_tokens: int = 0
     beams: "BeamSearch | None" = None
     """Of a request with beam search: sequence i is row i's beam, and `beams` knows which tokens that is."""

@@ -112,12 +112,19 @@ class Session:
         table = self.open_holder.table
         if table is not None:
             self._llm.engine.scheduler.pin(table)
+            self._llm.remember_pin(self)
 
     def unpin(self) -> None:
         """Lets the blocks go when others need them."""
         table = self.open_holder.table
         if table is not None:
             table.pinned = False
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its full blocks are kept in the pool."""
+        table = None if self.holder is None else self.holder.table
+        return table is not None and table.pinned
 
     def close(self) -> None:
         """Gives the blocks back. A closed session can't be used."""

@@ -79,6 +79,8 @@ class BlockManager:
         self.stats = PrefixCacheStats()
         self.num_copies = 0
         """Blocks copied on write, ever."""
+        self.weights_version = 0
+        """Counts the weights that keys and values are computed with. Blocks are found under equal ones only."""
         self.version = 0
         """Changes whenever rows may have begun, or ceased, to share blocks."""
         # The chain of each row: digests[row][i] names its blocks 0..i; it may lag behind the table.
@@ -106,7 +108,7 @@ class BlockManager:
         tokens: Sequence[Sequence[int]],
         *,
         salt: str = "",
-        use_cache: bool = True,
+        findable: int | None = None,
         reserve: int = 0,
     ) -> list[int] | None:
         """Gives rows the blocks of all their known tokens, shared where they begin like cached ones or each other.
@@ -115,15 +117,16 @@ class BlockManager:
           rows: rows without blocks.
           tokens: of each row, the sequence's tokens so far.
           salt: sequences share blocks only under equal salts.
-          use_cache: False looks nothing up (prompt log-probabilities need every position computed).
+          findable: only so many first tokens are looked up, less one: log-probabilities of a prompt need its other
+            positions computed. None: all.
           reserve: blocks that must stay free afterwards.
 
         Returns: of each row, the tokens whose K and V are there, or will be once the rows before it are computed; or
         None (and nothing changed) if blocks are short.
         """
-        root = root_digest(salt)
-        look_up = self.cache is not None and use_cache
-        found = [self.cache.match(t, root) if look_up else ([], []) for t in tokens]  # type: ignore[union-attr]
+        root = root_digest(salt, self.weights_version)
+        look_up = self.cache is not None and findable != 0
+        found = [self.cache.match(t[:findable], root) if look_up else ([], []) for t in tokens]  # type: ignore[union-attr]
         siblings = _longest_common_beginnings(tokens, self.block_size)
         for i, (_, common) in enumerate(siblings):
             if common > len(found[i][0]):
@@ -250,6 +253,11 @@ class BlockManager:
         if self.cache is not None:
             self.cache.clear()
             self.allocator.forget_all()
+
+    def new_weights(self) -> None:
+        """Other weights from the next step on. A row may keep what it has: nobody will find it by its content."""
+        self.weights_version += 1
+        self.reset_prefix_cache()
 
     # ------------------------------------------------------------------------------------------- parked tables
 

@@ -18,9 +18,9 @@ class _Entry(NamedTuple):
     tokens: bytes
 
 
-def root_digest(salt: str = "") -> bytes:
-    """The parent of a first block. Requests with different salts never share blocks."""
-    return hashlib.sha256(b"jpaged-prefix" + salt.encode()).digest()
+def root_digest(salt: str = "", weights_version: int = 0) -> bytes:
+    """The parent of a first block. Requests with different salts, or under different weights, never share blocks."""
+    return hashlib.sha256(b"jpaged-prefix" + weights_version.to_bytes(8) + salt.encode()).digest()
 
 
 def token_bytes(tokens: Sequence[int]) -> bytes:

@@ -115,8 +115,12 @@ class Runner:
 
     @property
     def params(self) -> Params:
-        """What is served."""
+        """What is served. Set it to a tree of the same shapes, dtypes and places: no step is compiled again for it."""
         return jax.tree.unflatten(self._treedef, self._leaves)
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        self._leaves = jax.tree.leaves(params)
 
     # ----------------------------------------------------------------------------------------------- compile
 

@@ -67,9 +67,9 @@ class Admission:
             draft.copies += copies
             return [position]
         tokens = [s.tokens for s in heads]
-        use_cache = group.params.prompt_logprobs is None
+        findable = None if group.params.prompt_logprobs is None else group.scored_from
         return self._blocks.try_open(
-            [s.row for s in heads], tokens, salt=group.cache_salt, use_cache=use_cache, reserve=reserve
+            [s.row for s in heads], tokens, salt=group.cache_salt, findable=findable, reserve=reserve
         )
 
     def _start(self, group: SequenceGroup, heads: list[Sequence], positions: list[int], apart: bool) -> None:

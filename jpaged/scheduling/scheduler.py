@@ -158,6 +158,7 @@ class Scheduler:
         if sequence.finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        sequence.weights_version = self.blocks.weights_version
         self._vacate(sequence, park=True)
         group = sequence.group
         if not group.unfinished:
@@ -172,6 +173,7 @@ class Scheduler:
         """Ends a group; its sequences keep what they have, those of a beam search the best there is."""
         for sequence in group.unfinished:
             self._vacate(sequence, park=True)
+            sequence.weights_version = self.blocks.weights_version
         if group.beams is not None:
             beams.write_best(group)
         for sequence in group.unfinished:
@@ -294,12 +296,16 @@ class Scheduler:
 
     # ------------------------------------------------------------------------------- preemption, swapping, release
 
-    def preempt_all(self) -> None:
-        """Sends every running group back to the queue: a plan was made that will not run."""
+    def preempt_all(self, *, swapped_too: bool = False) -> None:
+        """Sends every running group back to the queue, where its tokens will be computed anew.
+
+        Args:
+          swapped_too: also those whose blocks are in host memory; those whose blocks never got there go in any case.
+        """
         for group in list(self.running):
             self._preempt(group, None)
         for group, (swapped, _) in list(self.roster.swapped.items()):
-            if swapped.contents is None:
+            if swapped_too or swapped.contents is None:
                 self._close(group)
                 self.roster.wait(group)
 

@@ -5,6 +5,7 @@ with its own block manager and scheduler, so that it may have a small pool or a 
 """
 
 import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
 def llm_of(engine: LLMEngine) -> LLM:
     """The offline API around an engine that is there."""
     llm = LLM.__new__(LLM)
-    llm.engine, llm._next_id = engine, 0
+    llm.engine, llm._next_id, llm._pinned = engine, 0, weakref.WeakSet()
     return llm
 
 

@@ -104,7 +104,7 @@ def test_only_computed_blocks_are_found():
     assert opened(blocks, 1, prompt) == 8
 
 
-@pytest.mark.parametrize("options", [{"salt": "other"}, {"use_cache": False}])
+@pytest.mark.parametrize("options", [{"salt": "other"}, {"findable": 0}])
 def test_other_salts_and_rows_that_must_compute_find_nothing(options):
     blocks = manager()
     prompt = list(range(10))
@@ -116,7 +116,7 @@ def test_other_salts_and_rows_that_must_compute_find_nothing(options):
 def test_a_row_that_may_not_look_up_still_fills_the_cache():
     blocks = manager()
     prompt = list(range(10))
-    computed(blocks, 0, prompt, use_cache=False)
+    computed(blocks, 0, prompt, findable=0)
     assert blocks.stats.queries == 0
     assert opened(blocks, 1, prompt) == 8
 

@@ -104,7 +104,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def open_one(self, tokens, salt, use_cache, reserve):
         row = self.free_rows()[0]
         free, tables = self.blocks.num_free, self.blocks.tables.copy()
-        opened = self.blocks.try_open([row], [tokens], salt=salt, use_cache=use_cache, reserve=reserve)
+        opened = self.blocks.try_open([row], [tokens], salt=salt, findable=None if use_cache else 0, reserve=reserve)
         if opened is None:
             assert free < self.blocks.blocks_for(len(tokens)) + reserve
             assert self.blocks.num_free == free
