@@ -22,6 +22,8 @@ class EngineConfig:
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and KV cache. auto: float32 on CPU, bfloat16 on GPU; live parameters are served as they are."""
+    tensor_parallel_size: int = 1
+    """Devices that share each layer's weights and KV heads; it divides the model's attention heads."""
     seed: int = 0
     """Root of the random keys of requests that bring no seed of their own."""
     max_model_len: int | None = None
@@ -35,9 +37,9 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = None
     """Blocks of the pool (on whatever device), instead of a memory budget."""
     kv_cache_memory_bytes: int | None = None
-    """Bytes for the KV cache; None: see gpu_memory_utilization (GPU), or at most 1 GiB (CPU)."""
+    """Bytes for the KV cache on each device; None: see gpu_memory_utilization (GPU), or at most 1 GiB (CPU)."""
     gpu_memory_utilization: float = 0.92
-    """Share of the GPU's memory for weights, step and KV cache together."""
+    """Share of each GPU's memory for weights, step and KV cache together."""
     enable_prefix_caching: bool = True
     """Keep full blocks after use and share them between requests that begin alike."""
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
@@ -60,6 +62,7 @@ class EngineConfig:
         self._at_least(
             1,
             "block_size",
+            "tensor_parallel_size",
             "prefill_tile_size",
             "max_model_len",
             "max_num_seqs",

@@ -19,6 +19,7 @@ from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
 from jpaged.models.config import ModelConfig
 from jpaged.models.rope import max_trained_length
+from jpaged.models.sharding import param_shardings, shard_params, tensor_mesh
 from jpaged.progress import Progress
 from jpaged.runtime import compile_cache
 from jpaged.runtime.host_memory import keep_freed_memory
@@ -91,12 +92,16 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
     checkpoint = source.load(dtype)
     limits = resolve_limits(config, checkpoint.config, dtype)
     checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(limits.max_model_len))
-    params = jax.device_put(checkpoint.params)
+    mesh = tensor_mesh(config.tensor_parallel_size, checkpoint.config)
+    if mesh is None:
+        params = jax.device_put(checkpoint.params)
+    else:
+        params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
     runner = Runner(
         source.module(checkpoint.config, dtype),
         params,
         checkpoint.config,
-        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size),
+        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size, mesh),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         tile_size=config.prefill_tile_size,
@@ -194,16 +199,19 @@ def _num_blocks(config: EngineConfig, limits: Limits, runner: Runner) -> int:
     if config.kv_cache_memory_bytes is not None:
         return blocks_in_budget(config.kv_cache_memory_bytes, runner.spec, useful)
     if jax.default_backend() == "cpu":
-        return blocks_in_budget(cpu_budget(available_host_memory()), runner.spec, useful)
+        budget = cpu_budget(available_host_memory()) // config.tensor_parallel_size  # its devices are one machine
+        return blocks_in_budget(budget, runner.spec, useful)
     return stable_blocks(blocks_in_budget(_gpu_budget(config, limits, runner), runner.spec, useful))
 
 
 def _gpu_budget(config: EngineConfig, limits: Limits, runner: Runner) -> int:
-    """What is left of the GPU's share after what is there and what the largest step needs, by XLA's own count."""
-    memory = jax.local_devices()[0].memory_stats() or {}
-    limit, used = memory.get("bytes_limit", 0), memory.get("bytes_in_use", 0)
+    """What is left of each GPU's share after what is there and what the largest step needs, by XLA's own count."""
+    mesh = runner.spec.mesh
+    memories = [device.memory_stats() or {} for device in (jax.local_devices()[:1] if mesh is None else mesh.devices)]
     step = 0
     for bucket in limits.buckets[-2:]:
         analysis = runner.compile_forward(bucket).memory_analysis()
         step = max(step, analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes)
-    return int(limit * config.gpu_memory_utilization) - used - step
+    share = config.gpu_memory_utilization
+    left = min(int(m.get("bytes_limit", 0) * share) - m.get("bytes_in_use", 0) for m in memories)
+    return left - step

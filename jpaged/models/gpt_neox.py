@@ -16,9 +16,9 @@ class GPTNeoXAttention(Attention):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         heads = self.config.num_attention_heads
-        qkv = self.split(self.projection("query_key_value", 3 * heads)(x), 3 * heads)
         # Head by head: q, k and v of the first, then of the second, ...
-        return qkv[..., 0::3, :], qkv[..., 1::3, :], qkv[..., 2::3, :]
+        qkv = self.projection("query_key_value", 3 * heads)(x).reshape(*x.shape[:-1], heads, 3, -1)
+        return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
 
 
 class GPTNeoXLayer(DecoderLayer):

@@ -3,12 +3,14 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import GptOssConfig
 from jpaged.models.layers import Attention
 from jpaged.models.llama import LlamaLayer
 from jpaged.models.moe import Matmul, dispatch, softmax_top_k
+from jpaged.models.sharding import TENSOR, once, split_width
 
 
 class GptOssAttention(Attention):
@@ -34,14 +36,19 @@ class GptOssExperts(nn.Module):
         outward = self.param("down_proj", init, (count, width, hidden)).astype(self.dtype)
         outward_bias = self.param("down_proj_bias", zeros, (count, hidden)).astype(self.dtype)
 
-        def run(rows: jax.Array, matmul: Matmul, experts: jax.Array) -> jax.Array:
-            both = matmul(rows, inward) + inward_bias[experts]
-            gate = jnp.minimum(both[..., 0::2], config.swiglu_limit)
-            up = jnp.clip(both[..., 1::2], -config.swiglu_limit, config.swiglu_limit)
-            gated = (up + 1) * gate * nn.sigmoid(config.swiglu_alpha * gate)
-            return matmul(gated, outward) + outward_bias[experts]
+        def slices(x, chosen, weights, inward, inward_bias, outward, outward_bias) -> jax.Array:
+            def run(rows: jax.Array, matmul: Matmul, experts: jax.Array) -> jax.Array:
+                both = matmul(rows, inward) + inward_bias[experts]
+                gate = jnp.minimum(both[..., 0::2], config.swiglu_limit)
+                up = jnp.clip(both[..., 1::2], -config.swiglu_limit, config.swiglu_limit)
+                gated = (up + 1) * gate * nn.sigmoid(config.swiglu_alpha * gate)
+                return matmul(gated, outward) + once(outward_bias)[experts]
 
-        return dispatch(x.astype(self.dtype), chosen, weights, count, run)
+            return dispatch(x.astype(self.dtype), chosen, weights, count, run)
+
+        specs = (P(), P(), P(), P(None, None, TENSOR), P(None, TENSOR), P(None, TENSOR), P())
+        arrays = (inward, inward_bias, outward, outward_bias)
+        return split_width(slices, width, specs)(x, chosen, weights, *arrays)
 
 
 class GptOssMLP(nn.Module):

@@ -1,15 +1,18 @@
 """Layers that the model families share, and the one place where they all meet attention."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jpaged.models.config import LayerConfig, ModelConfig
 from jpaged.models.layout import PagedLayout
 from jpaged.models.rope import rotate
+from jpaged.models.sharding import HEADS, POOL, TENSOR, split
 from pallas_kernels.paged_attention import paged_decode_attention, paged_prefill_attention, write_kv
 
 Angles = tuple[jax.Array, jax.Array] | None
@@ -162,20 +165,26 @@ def attend(
     Args:
       q, k, v: [B, T, heads, D] without a pool, [T, heads, D] with one, of R + P * C tokens as `PagedLayout` says.
         A v that is narrower than k is k's first columns: the pool then holds k alone.
-      kv: the layer's pool. None: the tokens attend to each other.
+      kv: the layer's pool. None: the tokens attend to each other. It may hold each KV head several times, side by
+        side, so that a mesh in scope divides them.
       layout: where their K and V go, and what they attend to. Needed with a pool.
       scale, sliding_window, logit_soft_cap, sinks: see `pallas_kernels.paged_attention`.
 
     Returns: (like q, of v's width; the pool with k and v written).
     """
-    options: dict[str, Any] = {
-        "scale": scale,
-        "sliding_window": sliding_window,
-        "logit_soft_cap": logit_soft_cap,
-        "sinks": sinks,
-    }
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "logit_soft_cap": logit_soft_cap}
     if kv is None or layout is None:
-        return _dense(q, k, v, **options), kv
+        return _dense(q, k, v, sinks=sinks, **options), kv
+    repeats = kv.shape[2] // k.shape[1]
+    if repeats > 1:
+        k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
+    paged = functools.partial(_paged, **options)
+    return split(paged, (HEADS, HEADS, HEADS, POOL, P(), P(TENSOR)), (HEADS, POOL))(q, k, v, kv, layout, sinks)
+
+
+def _paged(q, k, v, kv, layout: PagedLayout, sinks, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """Attention over the pool; on a mesh, of one device's heads."""
+    options["sinks"] = sinks
     narrower = v.shape[-1] < k.shape[-1]
     kv = write_kv(kv, k, None if narrower else v, layout.slots)
     rows, tiles = layout.num_decodes, layout.num_tiles

@@ -9,9 +9,11 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jpaged.models.config import MoEConfig
 from jpaged.models.layers import ACTIVATIONS
+from jpaged.models.sharding import TENSOR, split_width
 from pallas_kernels.grouped_matmul import grouped_matmul
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
@@ -63,10 +65,14 @@ class GatedExperts(nn.Module):
         up = self.param("up_proj", init, (count, hidden, width)).astype(self.dtype)
         down = self.param("down_proj", init, (count, width, hidden)).astype(self.dtype)
 
-        def run(rows: jax.Array, matmul: Matmul, experts: jax.Array) -> jax.Array:
-            return matmul(ACTIVATIONS[config.hidden_act](matmul(rows, gate)) * matmul(rows, up), down)
+        def slices(x, chosen, weights, gate, up, down) -> jax.Array:
+            def run(rows: jax.Array, matmul: Matmul, experts: jax.Array) -> jax.Array:
+                return matmul(ACTIVATIONS[config.hidden_act](matmul(rows, gate)) * matmul(rows, up), down)
 
-        return dispatch(x, chosen, weights, count, run)
+            return dispatch(x, chosen, weights, count, run)
+
+        inward, outward = P(None, None, TENSOR), P(None, TENSOR)
+        return split_width(slices, width, (P(), P(), P(), inward, inward, outward))(x, chosen, weights, gate, up, down)
 
 
 class SparseMLP(nn.Module):

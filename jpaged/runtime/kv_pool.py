@@ -4,9 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jpaged.errors import OutOfMemoryError
 from jpaged.models.config import ModelConfig
+from jpaged.models.sharding import POOL, pool_heads
 from pallas_kernels.paged_attention import pool_shape
 
 
@@ -26,11 +28,16 @@ class KVPoolSpec:
     dtype: jnp.dtype
     parts: int = 2
     """Keys and values; 1: keys alone, which are values too."""
+    mesh: Mesh | None = None
+    """Devices that the KV heads are divided over; None: all are on one."""
 
     @classmethod
-    def of(cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int) -> "KVPoolSpec":
+    def of(
+        cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int, mesh: Mesh | None = None
+    ) -> "KVPoolSpec":
         parts, heads, width = config.cache_shape
-        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts)
+        heads = pool_heads(heads, 1 if mesh is None else mesh.size)
+        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts, mesh)
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -38,34 +45,44 @@ class KVPoolSpec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block: what all layers keep of `block_size` tokens."""
+        """Bytes of one block: what all layers keep of `block_size` tokens, on all devices together."""
         values = self.parts * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
         return values * self.dtype.itemsize
+
+    @property
+    def device_block_bytes(self) -> int:
+        """Bytes of one block on each device."""
+        return self.block_bytes // (1 if self.mesh is None else self.mesh.size)
 
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
+    @property
+    def sharding(self) -> Sharding | None:
+        """Of every layer's array; None: JAX's default device."""
+        return None if self.mesh is None else NamedSharding(self.mesh, POOL)
+
     def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (jax.ShapeDtypeStruct(self.layer_shape, self.dtype),) * self.num_layers
+        return (jax.ShapeDtypeStruct(self.layer_shape, self.dtype, sharding=self.sharding),) * self.num_layers
 
     def allocate(self) -> tuple[jax.Array, ...]:
         """A pool of zeros. Zeros matter: what padding reads must be finite."""
-        return tuple(jnp.zeros(self.layer_shape, self.dtype) for _ in range(self.num_layers))
+        return tuple(jnp.zeros(self.layer_shape, self.dtype, device=self.sharding) for _ in range(self.num_layers))
 
 
 def blocks_in_budget(budget_bytes: int, spec: KVPoolSpec, useful_blocks: int) -> int:
-    """Blocks that fit into a budget, but not more than could ever be in use.
+    """Blocks that fit into a budget of each device, but not more than could ever be in use.
 
     Raises:
       OutOfMemoryError: not even two blocks fit.
     """
-    blocks = min(budget_bytes // spec.block_bytes, useful_blocks)
+    blocks = min(budget_bytes // spec.device_block_bytes, useful_blocks)
     if blocks < 2:
         raise OutOfMemoryError(
             f"the memory budget leaves {max(budget_bytes, 0) / 2**20:.0f} MiB for the KV cache and one block takes "
-            f"{spec.block_bytes / 2**20:.2f} MiB: raise kv_cache_memory_bytes or gpu_memory_utilization, or lower "
-            "max_num_batched_tokens."
+            f"{spec.device_block_bytes / 2**20:.2f} MiB: raise kv_cache_memory_bytes or gpu_memory_utilization, or "
+            "lower max_num_batched_tokens."
         )
     return int(blocks)
 

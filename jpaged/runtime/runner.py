@@ -19,6 +19,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jpaged.models.config import ModelConfig
 from jpaged.runtime import state as batch
@@ -68,9 +69,9 @@ class Runner:
 
     Args:
       model: a module as `jpaged.models` describes it.
-      params: its parameters, device arrays.
+      params: its parameters, device arrays; on the pool's mesh, if it has one.
       config: the model's configuration.
-      pool: the pool's shape.
+      pool: the pool's shape, and the mesh that everything is on.
       max_num_seqs: rows of the batch.
       max_model_len: most tokens of a sequence.
       tile_size: tokens of a tile of the prefill lane.
@@ -102,16 +103,16 @@ class Runner:
         """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
         self.pool: tuple[jax.Array, ...] = ()
         self.state = jax.eval_shape(self._make_state)
-        self._admit = jax.jit(batch.admit, donate_argnums=0)
-        self._set_rules = jax.jit(batch.set_rules, donate_argnums=0)
-        self._edit = jax.jit(batch.edit, donate_argnums=0)
+        self._everywhere = None if pool.mesh is None else NamedSharding(pool.mesh, PartitionSpec())
+        on_rows = functools.partial(jax.jit, donate_argnums=0, out_shardings=self._everywhere)
+        self._admit, self._set_rules, self._edit = on_rows(batch.admit), on_rows(batch.set_rules), on_rows(batch.edit)
 
     def allocate(self, num_blocks: int) -> None:
         """Makes the pool and the batch state."""
         self.spec = dataclasses.replace(self.spec, num_blocks=num_blocks)
         self.pool = self.spec.allocate()
-        self.swapper = Swapper(self.spec.block_bytes, next(iter(self.pool[0].devices())))
-        self.state = self._make_state()
+        self.swapper = Swapper(self.spec.block_bytes, self.pool[0].sharding)
+        self.state = jax.jit(self._make_state, out_shardings=self._everywhere)()
 
     @property
     def params(self) -> Params:
@@ -137,6 +138,7 @@ class Runner:
             ("forward", bucket),
             flat_forward,
             (1, 2),
+            (self.spec.sharding, self._everywhere, self._everywhere),
             self._leaves,
             self.spec.abstract(),
             self.state.tables,
@@ -153,6 +155,7 @@ class Runner:
             ("sample", n, variant),
             functools.partial(sample, variant=variant),
             (0,),
+            self._everywhere,
             self.state.tokens,
             self.state.parameters,
             self.state.rules,
@@ -162,12 +165,22 @@ class Runner:
             jax.ShapeDtypeStruct((packed_size(n, variant.num_beam_candidates),), jnp.int32),
         )
 
-    def _compile(self, key: tuple, function: Callable, donated: tuple[int, ...], *arguments: Any) -> Any:
+    def _compile(
+        self, key: tuple, function: Callable, donated: tuple[int, ...], out_shardings: Any, *arguments: Any
+    ) -> Any:
         if key not in self._compiled:
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arguments)
-            with self.on_compile(key):
-                self._compiled[key] = jax.jit(function, donate_argnums=donated).lower(*abstract).compile()
+            jitted = jax.jit(function, donate_argnums=donated, out_shardings=out_shardings)
+            with self.on_compile(key), self._mesh_in_scope():
+                self._compiled[key] = jitted.lower(*jax.tree.map(self._abstract, arguments)).compile()
         return self._compiled[key]
+
+    def _mesh_in_scope(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.spec.mesh is None else jax.set_mesh(self.spec.mesh)
+
+    def _abstract(self, x: Any) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of an argument, and where on the mesh it is: on every device, if nothing is said."""
+        sharding = None if self.spec.mesh is None else x.sharding or self._everywhere
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
     # ------------------------------------------------------------------------------------------------ launch
 
@@ -212,4 +225,4 @@ class Runner:
             return scores(jax.tree.unflatten(self._treedef, leaves), forward)
 
         key = ("prompt", forward.tile_targets.shape, variant.num_logprobs)
-        return self._compile(key, flat_scores, (), self._leaves, forward)(self._leaves, forward)
+        return self._compile(key, flat_scores, (), self._everywhere, self._leaves, forward)(self._leaves, forward)

@@ -8,7 +8,7 @@ import time
 
 import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import Sharding
 
 from pallas_kernels.block_copy import gather_blocks, scatter_blocks
 
@@ -39,15 +39,15 @@ class Swapper:
 
     Args:
       block_bytes: of one block, all layers.
-      device: where the pool is.
+      sharding: of every layer's pool. In host memory, blocks lie by device as they do in the pool.
     """
 
-    def __init__(self, block_bytes: int, device: jax.Device) -> None:
+    def __init__(self, block_bytes: int, sharding: Sharding) -> None:
         self.block_bytes = block_bytes
         self.out, self.back = Traffic(), Traffic()
-        self._here = SingleDeviceSharding(device)
-        self._gather = jax.jit(gather_blocks, out_shardings=SingleDeviceSharding(device, memory_kind="pinned_host"))
-        self._scatter = jax.jit(scatter_blocks, donate_argnums=0)
+        self._here = sharding
+        self._gather = jax.jit(gather_blocks, out_shardings=sharding.with_memory_kind("pinned_host"))
+        self._scatter = jax.jit(scatter_blocks, donate_argnums=0, out_shardings=sharding)
 
     def swap_out(self, pool: Pool, blocks: np.ndarray) -> list[Pool]:
         """The contents of blocks (int32 [n]) in host memory, in chunks."""
