@@ -44,8 +44,8 @@ def test_what_a_step_communicates(runs, name):
     seen = runs["models"][name]
     for step in seen["collectives"]:
         kinds = [kind for kind, _ in step]
-        norms = 2 * seen["layers"] if name == "olmo2" else 0  # over all heads of q and of k
-        assert kinds.count("all-reduce") <= 2 * seen["layers"] + 1 + norms
+        sums = {"olmo2": 4, "phi3": 3}.get(name, 2)  # OLMo 2's norms are over all heads of q, and of k
+        assert kinds.count("all-reduce") <= sums * seen["layers"] + 1
         assert kinds.count("all-gather") == 1
         assert set(kinds) <= {"all-reduce", "all-gather"} | ({"collective-permute"} if name in FUSED else set())
         assert max(size for _, size in step) < seen["layer_elements"], "as much as a device's part of a layer's pool"
@@ -54,7 +54,7 @@ def test_what_a_step_communicates(runs, name):
 def test_parameters_are_divided(runs):
     for name, seen in runs["models"].items():
         share = seen["device_param_bytes"] / seen["param_bytes"]
-        assert share < 1.4 / seen["size"], f"{name}: {share:.2f} of the parameters on each of {seen['size']}"
+        assert share < 1.5 / seen["size"], f"{name}: {share:.2f} of the parameters on each of {seen['size']}"
 
 
 def test_samples_beams_copies_and_swaps_are_those_of_one_device(runs):
