@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from jpaged.outputs import CompletionOutput, Logprob, RequestOutput
     from jpaged.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
     from jpaged.session import Session
+    from jpaged.structured import StructuredOutputsParams
 
 _HOME = {
     "LLM": "jpaged.llm",
@@ -30,6 +31,7 @@ _HOME = {
     "SamplingParams": "jpaged.sampling_params",
     "BeamSearchParams": "jpaged.sampling_params",
     "Session": "jpaged.session",
+    "StructuredOutputsParams": "jpaged.structured",
     "RequestOutputKind": "jpaged.sampling_params",
     "RequestOutput": "jpaged.outputs",
     "CompletionOutput": "jpaged.outputs",
@@ -50,6 +52,7 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "Session",
+    "StructuredOutputsParams",
 ]
 
 __version__ = "0.1.0"

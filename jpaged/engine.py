@@ -1,7 +1,7 @@
 """LLMEngine: add_request -> schedule -> launch -> read -> commit -> outputs.
 
 step():   plan = scheduler.schedule()            host, while the device computes the step before
-          launched = runner.launch(plan)         goes onto the device's queue
+          runner.forward(plan), runner.sample    go onto the device's queue
           outputs = read and commit the step before
 """
 
@@ -28,6 +28,7 @@ from jpaged.scheduling.beams import new_search
 from jpaged.sequence import FinishReason, Holder, Sequence, SequenceGroup
 from jpaged.source import Params, fit, flatten, of_arguments
 from jpaged.startup import Components, build
+from jpaged.structured import Grammars, masks_of
 from jpaged.tokenization import Prompt, encode_prompt
 
 MAX_CANDIDATES = 1024
@@ -68,6 +69,7 @@ class LLMEngine:
         self.eos_token_ids = parts.eos_token_ids
         self.max_model_len = parts.max_model_len
         self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
+        self._grammars: Grammars | None = None
         self._outputs = OutputProcessor(self.tokenizer, self._stop)
         self._groups: dict[str, SequenceGroup] = {}
         self._arrivals = itertools.count()
@@ -117,6 +119,8 @@ class LLMEngine:
         self._check_params(params)
         if holder is not None and (params.num_sequences > 1 or params.use_beam_search):
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
+        constraint = params.structured_outputs
+        matcher = None if constraint is None else self.grammars.matcher(constraint)
         arrival = next(self._arrivals)
         seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
         group = SequenceGroup(
@@ -136,6 +140,9 @@ class LLMEngine:
             Sequence(group, i, list(tokens), min(wanted, self.max_model_len), eos | frozenset(params.stop_token_ids))
             for i in range(params.num_sequences)
         ]
+        if matcher is not None:
+            for sequence in group.sequences:
+                sequence.matcher = matcher.fork()
         if params.use_beam_search:
             group.beams = new_search(group)
         if holder is not None:
@@ -237,24 +244,40 @@ class LLMEngine:
         self._interrupted = False
         plan = self.scheduler.schedule()
         if plan is not None:
-            self._launch(plan)
+            outputs += self._launch(plan)
         if len(self._in_flight) > 1 or (self._in_flight and plan is None):
             outputs += self._commit()
         return outputs
 
-    def _launch(self, plan: StepPlan) -> None:
+    def _launch(self, plan: StepPlan) -> list[RequestOutput]:
         """Uploads what the plan admits and puts the step on the device's queue."""
+        outputs, masks = [], None
         try:
             self.runner.prepare(plan)
             for sequence in plan.admitted:
                 self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
-            self._in_flight.append(self.runner.launch(plan))
+            forward = self.runner.forward(plan)
+            if plan.variant.structured:
+                # Grammars must know the tokens of the step before. They are advanced while the device is at this one.
+                while self._in_flight:
+                    outputs += self._commit()
+                masks, failed = masks_of(plan, self.model_config.vocab_size)
+                outputs += self._fail(failed)
+            self._in_flight.append(self.runner.sample(plan, forward, masks))
         except BaseException:
             # Planned and never computed: whoever counted on these keys and values must compute them anew.
             self._interrupted = True
             self.scheduler.preempt_all()
             self.blocks.reset_prefix_cache()
             raise
+        return outputs
+
+    def _fail(self, failed: list[tuple[Sequence, str]]) -> list[RequestOutput]:
+        """Ends sequences that can't go on; returns the outputs of the groups that this finishes."""
+        for sequence, reason in failed:
+            self.scheduler.finish(sequence, FinishReason.ERROR, f"structured_outputs: {reason}")
+        groups = dict.fromkeys(sequence.group for sequence, _ in failed)
+        return self._finished([self._outputs.output(group) for group in groups if group.finished])
 
     def _commit(self) -> list[RequestOutput]:
         """Waits for the oldest step in flight and enters its tokens."""
@@ -266,6 +289,10 @@ class LLMEngine:
         self._in_flight.popleft()
         received = self.scheduler.commit(result.plan, results.tokens, results.candidates)
         outputs = self._outputs.process(result.plan, received, results.tokens, results.prompt_scores)
+        return self._finished(outputs)
+
+    def _finished(self, outputs: list[RequestOutput]) -> list[RequestOutput]:
+        """Forgets the groups of the outputs that are a request's last."""
         for output in outputs:
             if output.finished:
                 self._groups.pop(output.request_id, None)
@@ -278,6 +305,21 @@ class LLMEngine:
             self.scheduler.finish(sequence, FinishReason.STOP, stop)
 
     # ------------------------------------------------------------------------------------------------ checks
+
+    @property
+    def grammars(self) -> Grammars:
+        """Compiled grammars. Thread-safe: `add_request` does not wait for one that was compiled here before.
+
+        Raises:
+          InvalidRequestError: this engine can't have structured outputs.
+        """
+        if self._grammars is None:
+            if self.tokenizer is None or not self.eos_token_ids:
+                raise InvalidRequestError(
+                    "structured_outputs need a tokenizer and an end-of-sequence token, and this engine lacks one."
+                )
+            self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
+        return self._grammars
 
     def _check_alive(self) -> None:
         if self._failure is not None:

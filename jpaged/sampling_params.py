@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from jpaged.errors import InvalidRequestError, UnsupportedFeatureError
+from jpaged.structured.params import StructuredOutputsParams
 
 # Upper bounds. Device arrays have these widths, so they are limits of the engine and not only of taste.
 MAX_LOGPROBS = 20
@@ -100,12 +101,11 @@ class SamplingParams:
     early_stopping: bool | Literal["never"] = False
     """Of a beam search, when as many hypotheses as beams have ended. True: stop. False: stop when no running beam is
     likely to become better. "never": when none can."""
-    structured_outputs: object | None = None
-    """Not offered yet."""
+    structured_outputs: StructuredOutputsParams | None = None
+    """The form that the output must have: a JSON schema, a regular expression, choices, a grammar. It comes before all
+    else: where min_tokens, bad_words or allowed_token_ids leave it no token, they give way for that token."""
 
     def __post_init__(self) -> None:
-        if self.structured_outputs is not None:
-            raise UnsupportedFeatureError("structured_outputs is not offered yet; see allowed_token_ids.")
         self._check_numbers()
         self._check_lists()
         flags = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "use_beam_search")
@@ -113,6 +113,7 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise InvalidRequestError(f"{name} must be True or False, not {getattr(self, name)!r}.")
         self._check_group()
+        self._check_structured()
 
     @property
     def greedy(self) -> bool:
@@ -174,6 +175,18 @@ class SamplingParams:
             raise InvalidRequestError("use_beam_search does not draw: it needs temperature=0.")
         elif self.stop:
             raise UnsupportedFeatureError("stop strings are not offered with use_beam_search; see stop_token_ids.")
+
+    def _check_structured(self) -> None:
+        if self.structured_outputs is None:
+            return
+        if not isinstance(self.structured_outputs, StructuredOutputsParams):
+            raise InvalidRequestError(
+                f"structured_outputs must be a StructuredOutputsParams, not {type(self.structured_outputs).__name__}."
+            )
+        if self.ignore_eos:
+            raise InvalidRequestError("structured_outputs end with an end-of-sequence token: ignore_eos must be False.")
+        if self.use_beam_search:
+            raise UnsupportedFeatureError("structured_outputs are not offered with use_beam_search; sample instead.")
 
     def _check_lists(self) -> None:
         self._strings("stop", MAX_STOP_STRINGS)

@@ -20,6 +20,7 @@ from jpaged.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.scheduling.beam_search import BeamSearch
+    from jpaged.structured import Matcher
 
 NO_ROW = -1
 
@@ -60,6 +61,8 @@ class Sequence:
     """Tokens that end it: the model's end-of-sequence tokens (unless ignored) and the request's own."""
     row: int = NO_ROW
     """Its place in the batch while it runs."""
+    matcher: "Matcher | None" = None
+    """How far it is in its grammar; None: its output may have any form."""
     holder: Holder | None = None
     """Gets its blocks when it ends; None: they are released."""
     finish_reason: FinishReason | None = None

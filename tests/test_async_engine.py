@@ -235,14 +235,14 @@ def test_a_failed_step_fails_all_and_is_remembered(make, monkeypatch):
 def test_a_stuck_step_is_found_by_the_watchdog(make, monkeypatch):
     llm = make(step_timeout=0.2)
     go_on = threading.Event()
-    launch = llm.engine.runner.launch
+    forward = llm.engine.runner.forward
 
     def stuck(plan):
         go_on.wait()
-        return launch(plan)
+        return forward(plan)
 
     async def main():
-        monkeypatch.setattr(llm.engine.runner, "launch", stuck)
+        monkeypatch.setattr(llm.engine.runner, "forward", stuck)
         assert llm.is_healthy
         with pytest.raises(EngineDeadError, match="stuck"):
             await collect(llm.generate("A", LONG))

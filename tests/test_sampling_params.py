@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from jpaged.errors import InvalidRequestError, JpagedError, UnsupportedFeatureError
+from jpaged.errors import InvalidRequestError, JpagedError
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.structured import StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 NO_NUMBERS = ["1", None, [1], b"1", 1j, np.array(1.0), object()]
@@ -172,12 +173,16 @@ def test_output_kind(kind):
     assert SamplingParams().output_kind is RequestOutputKind.CUMULATIVE
 
 
-@pytest.mark.parametrize("arguments", [{"structured_outputs": {"json": {}}}])
-def test_what_is_not_offered_yet_is_refused_and_says_what_to_do(arguments):
-    with pytest.raises(UnsupportedFeatureError, match=next(iter(arguments))) as caught:
-        SamplingParams(**arguments)
-    assert isinstance(caught.value, JpagedError)
-    assert ";" in str(caught.value), "what to do instead"
+def test_structured_outputs_and_what_contradicts_them():
+    one = StructuredOutputsParams(choice=["a", "b"])
+    assert SamplingParams(structured_outputs=one).structured_outputs is one
+    for arguments, message in (
+        ({"structured_outputs": {"json": {}}}, "must be a StructuredOutputsParams"),
+        ({"structured_outputs": one, "ignore_eos": True}, "ignore_eos must be False"),
+        ({"structured_outputs": one} | BEAMS, "sample instead"),
+    ):
+        with pytest.raises(JpagedError, match=message):
+            SamplingParams(**arguments)
 
 
 def test_unknown_names_are_refused():

@@ -30,8 +30,8 @@ NOT_FLAGS = (
     "prompt_logprobs",
     "seed",
 )
-"""Of SamplingParams: what the commands decide themselves, what takes more than a word to say, what is not
-offered; and the seed, as --seed is the engine's, from which requests get theirs."""
+"""Of SamplingParams: what the commands decide themselves, what takes more than a word to say; and the seed,
+as --seed is the engine's, from which requests get theirs."""
 
 
 def flags_of(

@@ -2,7 +2,8 @@
 
     prepare(plan)      moves swapped blocks (waits for them, and measures) and edits rows
     admit(sequence)    uploads an admitted sequence's row
-    launch(plan)       copies, forward and sample in two calls; nothing is waited for
+    forward(plan)      copies blocks, computes logits; nothing is waited for
+    sample(plan, ...)  chooses tokens; with the masks of grammars, which the host may make meanwhile
     StepResult.read    waits for that step and gives its small result arrays
 
 Steps run on the device in the order of their launches, and each takes the pool and the batch state that the one
@@ -163,6 +164,7 @@ class Runner:
             one,
             one,
             jax.ShapeDtypeStruct((packed_size(n, variant.num_beam_candidates),), jnp.int32),
+            jax.ShapeDtypeStruct((n, -(-self._vocab_size // 32)), jnp.uint32) if variant.structured else None,
         )
 
     def _compile(
@@ -201,18 +203,27 @@ class Runner:
             size = EDITS * -(-max(len(plan.edits.forks), len(plan.edits.tokens)) // EDITS)
             self.state = self._edit(self.state, batch.pack_edits(plan.edits, size, self._null_row))
 
-    def launch(self, plan: StepPlan) -> StepResult:
-        """Puts a step on the device's queue, after `prepare`, and `admit` of each of the plan's admitted sequences."""
-        run_forward = self.compile_forward(plan.bucket)
-        run_sample = self.compile_sample(plan.bucket, plan.variant)
-        state = self.state
+    def forward(self, plan: StepPlan) -> Forward:
+        """Puts the forward pass of a step on the device's queue, after `prepare`, and `admit` of each of the plan's
+        admitted sequences."""
+        run_forward, state = self.compile_forward(plan.bucket), self.state
         self.pool, tables, forward = run_forward(
             self._leaves, self.pool, state.tables, state.tokens, plan.pack(self._null_row)
         )
+        self.state = state._replace(tables=tables)
+        return forward
+
+    def sample(self, plan: StepPlan, forward: Forward, masks: np.ndarray | None = None) -> StepResult:
+        """Puts the rest of that step on the device's queue.
+
+        Args:
+          masks: uint32 [N, ceil(V / 32)], a bit for each token that a result may be; given if the plan is `structured`.
+        """
+        run_sample, state = self.compile_sample(plan.bucket, plan.variant), self.state
         tokens, results, candidates = run_sample(
-            state.tokens, state.parameters, state.rules, *forward[:3], pack_searches(plan)
+            state.tokens, state.parameters, state.rules, *forward[:3], pack_searches(plan), masks
         )
-        self.state = state._replace(tables=tables, tokens=tokens)
+        self.state = state._replace(tokens=tokens)
         results.copy_to_host_async()
         return StepResult(plan, results, candidates if plan.beams else None, self._score_prompts(plan.variant, forward))
 

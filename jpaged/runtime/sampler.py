@@ -27,6 +27,7 @@ def sample(
     rows: jax.Array,  # int32 [N]
     positions: jax.Array,  # int32 [N]
     searches: jax.Array,  # int32, see `beam_selection.pack_searches`; [0] if nobody searches
+    masks: jax.Array | None = None,  # uint32 [N, ceil(V / 32)]: what grammars allow; None if there are none
     *,
     variant: Variant,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -47,6 +48,8 @@ def sample(
         logits = penalize(logits, tokens[rows], positions, p)
     if variant.rules:
         logits = apply_rules(logits, tokens[rows], positions, jax.tree.map(lambda leaf: leaf[rows], rules))
+    if masks is not None:
+        logits = constrain(logits, masks, raw)
     chosen = _argmax(logits)
     if variant.sample:
         keys = jax.vmap(_key)(p["seed_high"], p["seed_low"], p["sequence_index"], positions)
@@ -105,14 +108,33 @@ def apply_rules(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, rules:
     n, vocab = logits.shape
     row = jnp.arange(n)[:, None]
     logits = logits.at[row, _or_drop(rules.bias_tokens, vocab)].add(rules.bias_values, mode="drop")
-    token = jnp.arange(vocab)
-    allowed = (rules.allowed[:, token // 32] >> (token % 32).astype(jnp.uint32)) & 1
     early = (lengths < rules.min_length)[:, None] & (rules.suppressed != NO_TOKEN)
     banned = jnp.concatenate(
         [jnp.where(early, rules.suppressed, NO_TOKEN), _completing(tokens, lengths, rules.bad_words)], axis=1
     )
-    masked = jnp.where(allowed == 1, logits, -jnp.inf).at[row, _or_drop(banned, vocab)].set(-jnp.inf, mode="drop")
+    masked = (
+        jnp.where(_unpack(rules.allowed, vocab), logits, -jnp.inf)
+        .at[row, _or_drop(banned, vocab)]
+        .set(-jnp.inf, mode="drop")
+    )
     return jnp.where(jnp.any(masked > -jnp.inf, axis=-1, keepdims=True), masked, logits)
+
+
+def constrain(logits: jax.Array, masks: jax.Array, raw: jax.Array) -> jax.Array:
+    """-inf for tokens that a row's grammar does not allow.
+
+    Where the rules before it leave none of those that it does, they give way: `raw` decides among these.
+    """
+    allowed = _unpack(masks, logits.shape[-1])
+    masked = jnp.where(allowed, logits, -jnp.inf)
+    some_left = jnp.any(masked > -jnp.inf, axis=-1, keepdims=True)
+    return jnp.where(some_left, masked, jnp.where(allowed, raw, -jnp.inf))
+
+
+def _unpack(bits: jax.Array, vocab: int) -> jax.Array:
+    """bool [N, V] of uint32 [N, ceil(V / 32)]."""
+    token = jnp.arange(vocab)
+    return (bits[:, token // 32] >> (token % 32).astype(jnp.uint32)) & 1 == 1
 
 
 def _or_drop(tokens: jax.Array, vocab: int) -> jax.Array:

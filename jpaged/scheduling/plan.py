@@ -68,6 +68,8 @@ class Variant(NamedTuple):
     prompt_logprobs: bool = False
     num_beam_candidates: int = 0
     """Continuations that a beam search is offered; 0: nobody searches."""
+    structured: bool = False
+    """Some row's tokens are masked by its grammar."""
 
     def union(self, other: "Variant") -> "Variant":
         return Variant._make(max(a, b) for a, b in zip(self, other, strict=True))
@@ -88,6 +90,7 @@ def sampling_variant(params: SamplingParams) -> Variant:
         truncate=not params.greedy and (params.top_k > 0 or params.top_p < 1 or params.min_p > 0),
         penalties=params.needs_penalties,
         rules=params.needs_rules,
+        structured=params.structured_outputs is not None,
         num_logprobs=logprob_width(0 if params.ranks_samples and params.logprobs is None else params.logprobs),
     )
 

@@ -497,3 +497,16 @@ def test_padding_lanes_of_the_vocabulary_never_win():
 
 def test_unused_rules_are_no_tokens():
     assert NO_TOKEN < 0
+
+
+def test_a_mask_comes_before_every_rule():
+    """Greedy rows: masked; masked and left nothing by the rules; not masked."""
+    logits = np.tile(np.arange(VOCAB, dtype=np.float32), (3, 1))
+    made = batch(row([1]), row([1], allowed_token_ids=[0]), row([1]))
+    masks = np.full((3, -(-VOCAB // 32)), 0xFFFFFFFF, np.uint32)
+    masks[:2] = 0
+    masks[:2, 0] = 0b1010  # tokens 1 and 3
+    _, results, _ = _sample(made.tokens, made.parameters, made.rules, logits, np.array([0, 1, 2]), np.array([1, 1, 1]),
+        np.zeros(0, np.int32), masks, variant=Variant(rules=True, structured=True, num_logprobs=0))  # fmt: skip
+    assert results[:, 0].tolist() == [3, 3, VOCAB - 1]
+    assert results[:, 2].tolist() == [VOCAB - 3, VOCAB - 3, 1], "ranks are of the raw distribution"
