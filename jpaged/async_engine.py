@@ -194,6 +194,8 @@ class AsyncLLM:
         """
         params = params or SamplingParams()
         text, tokens, salt = await self.in_worker(encode_prompt, prompt, self.engine.tokenizer)
+        if params.structured_outputs is not None:  # compiled here, found by `add_request`
+            await self.in_worker(self.engine.grammars.matcher, params.structured_outputs)
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = Stream(self, request_id or f"req-{uuid.uuid4().hex}", params)
         try:

@@ -220,7 +220,7 @@ def test_a_failed_step_fails_all_and_is_remembered(make, monkeypatch):
         def broken(plan):
             raise RuntimeError("the device is gone")
 
-        monkeypatch.setattr(llm.engine.runner, "launch", broken)
+        monkeypatch.setattr(llm.engine.runner, "forward", broken)
         for stream in streams:
             with pytest.raises(EngineDeadError, match="the device is gone"):
                 await collect(stream)

@@ -296,16 +296,16 @@ def test_abort_of_searches_without_blocks(tiny, mode):
 
 def run_interrupted(engine, monkeypatch, when):
     """Runs to the end; the launches of the steps `when` fail, as by Ctrl-C."""
-    launch, count = type(engine.runner).launch, itertools.count()
+    forward, count = type(engine.runner).forward, itertools.count()
 
     def interrupted(runner, plan):
         if next(count) in when:
             raise KeyboardInterrupt
-        return launch(runner, plan)
+        return forward(runner, plan)
 
     finished = {}
     with monkeypatch.context() as patch:
-        patch.setattr(type(engine.runner), "launch", interrupted)
+        patch.setattr(type(engine.runner), "forward", interrupted)
         while engine.has_unfinished_requests():
             try:
                 finished |= {output.request_id: output for output in engine.step() if output.finished}

@@ -329,7 +329,7 @@ def test_interrupt_while_launching_loses_nothing(tiny, monkeypatch):
             engine.step()
         engine.add_request("2", prompt_of(*shared, 2), GREEDY)
         with monkeypatch.context() as patch:
-            patch.setattr(type(engine.runner), "launch", lambda self, plan: (_ for _ in ()).throw(KeyboardInterrupt))
+            patch.setattr(type(engine.runner), "forward", lambda self, plan: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
                 engine.step()
         finished = run(engine)
