@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import operator
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 import jax
@@ -66,6 +66,7 @@ class LLMEngine:
         self.config, source = (config, None) if config is not None else of_arguments(**arguments)
         parts = components or build(self.config, source)
         self.model_config, self.tokenizer = parts.model_config, parts.tokenizer
+        self.generation_config = parts.generation_config
         self.eos_token_ids = parts.eos_token_ids
         self.max_model_len = parts.max_model_len
         self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
@@ -80,6 +81,8 @@ class LLMEngine:
         self._ready: list[RequestOutput] = []  # for the next step to return
         self._to_linen = parts.to_linen
         self.times = StepTimes()
+        self.on_commit: Callable[[StepPlan, list[Sequence]], None] = lambda plan, received: None
+        """Called with each step's plan, and the sequences that got a token, when its results have been entered."""
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -289,6 +292,7 @@ class LLMEngine:
         self._in_flight.popleft()
         received = self.scheduler.commit(result.plan, results.tokens, results.candidates)
         outputs = self._outputs.process(result.plan, received, results.tokens, results.prompt_scores)
+        self.on_commit(result.plan, received)
         return self._finished(outputs)
 
     def _finished(self, outputs: list[RequestOutput]) -> list[RequestOutput]:

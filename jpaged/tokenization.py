@@ -38,10 +38,10 @@ def encode_prompt(prompt: Prompt, tokenizer: "Tokenizer | None") -> tuple[str | 
       InvalidRequestError: it has none of the forms, or text comes to an engine without a tokenizer.
     """
     if isinstance(prompt, str):
-        return prompt, _encode(prompt, tokenizer), ""
+        return prompt, encode_text(prompt, tokenizer), ""
     if is_chat(prompt):
         rendered = render_chat(prompt, tokenizer)  # type: ignore[arg-type]
-        return rendered, _encode(rendered, tokenizer, add_special_tokens=False), ""
+        return rendered, encode_text(rendered, tokenizer, add_special_tokens=False), ""
     if isinstance(prompt, Mapping) and ("prompt_token_ids" in prompt or "prompt" in prompt):
         salt, text = prompt.get("cache_salt") or "", prompt.get("prompt")
         if not isinstance(salt, str) or len(salt) > 1024:
@@ -50,7 +50,7 @@ def encode_prompt(prompt: Prompt, tokenizer: "Tokenizer | None") -> tuple[str | 
         if "prompt_token_ids" in prompt and (text is None or isinstance(text, str)):
             return text, _token_list(prompt["prompt_token_ids"]), salt
         if isinstance(text, str):
-            return text, _encode(text, tokenizer), salt
+            return text, encode_text(text, tokenizer), salt
     raise InvalidRequestError(
         'a prompt is a string, a chat (a list of {"role": ..., "content": ...}), {"prompt": "..."} or '
         f'{{"prompt_token_ids": [...]}}, not {type(prompt).__name__}.'
@@ -63,8 +63,15 @@ def render_chat(
     *,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    tools: list[dict[str, Any]] | None = None,
+    variables: Mapping[str, Any] | None = None,
 ) -> str:
     """The text of a chat by the model's own template.
+
+    Args:
+      messages: a message without a content must have tool_calls.
+      tools: functions that the model may call, as OpenAI's API has them.
+      variables: more that the template reads, such as enable_thinking.
 
     Raises:
       InvalidRequestError: there is no template, or it does not take these messages.
@@ -73,7 +80,8 @@ def render_chat(
     if not tokenizer.chat_template:
         raise InvalidRequestError("this model's tokenizer has no chat template: pass plain text to generate() instead.")
     for message in messages:
-        if not isinstance(message.get("role"), str) or not isinstance(message.get("content"), str):
+        silent = message.get("content") is None and message.get("tool_calls")
+        if not isinstance(message.get("role"), str) or not (silent or isinstance(message.get("content"), str)):
             raise InvalidRequestError("every chat message needs a string 'role' and a string 'content'.")
     import jinja2  # what transformers renders templates with, sandboxed
 
@@ -84,9 +92,11 @@ def render_chat(
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                tools=tools,  # type: ignore[arg-type]  # a list is invariant
+                **(variables or {}),
             )
         )
-    except (jinja2.TemplateError, ValueError) as error:
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
         raise InvalidRequestError(f"the chat template does not take these messages: {error}") from error
 
 
@@ -96,7 +106,12 @@ def _require(tokenizer: "Tokenizer | None") -> "Tokenizer":
     return tokenizer
 
 
-def _encode(text: str, tokenizer: "Tokenizer | None", *, add_special_tokens: bool = True) -> list[int]:
+def encode_text(text: str, tokenizer: "Tokenizer | None", *, add_special_tokens: bool = True) -> list[int]:
+    """Token ids of a text.
+
+    Raises:
+      InvalidRequestError: there is no tokenizer, or the text is not valid Unicode.
+    """
     _check_unicode("the prompt", text)
     return _require(tokenizer).backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
 

@@ -20,6 +20,7 @@ from jpaged.cli.chat import Chat
 from jpaged.cli.collect_env import CollectEnv
 from jpaged.cli.flags import named
 from jpaged.cli.generate import Generate
+from jpaged.cli.serve import Serve
 from jpaged.errors import InvalidConfigError, InvalidRequestError, JpagedError, UnsupportedFeatureError
 
 
@@ -32,13 +33,18 @@ class Command(Protocol):
 COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("generate",): Generate,
     ("chat",): Chat,
+    ("serve",): Serve,
     ("bench", "throughput"): Throughput,
     ("bench", "latency"): Latency,
     ("bench", "startup"): Startup,
     ("collect-env",): CollectEnv,
 }
 CHOICE: Any = (
-    named(Generate, "generate") | named(Chat, "chat") | named(Bench, "bench") | named(CollectEnv, "collect-env")
+    named(Generate, "generate")
+    | named(Chat, "chat")
+    | named(Serve, "serve")
+    | named(Bench, "bench")
+    | named(CollectEnv, "collect-env")
 )
 DESCRIPTION = """PagedAttention and continuous batching in pure JAX.
 

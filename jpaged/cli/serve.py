@@ -1,0 +1,67 @@
+"""jpaged serve: an OpenAI-compatible HTTP server."""
+
+import dataclasses
+import logging
+import os
+import sys
+from typing import Annotated
+
+from tyro import conf
+
+from jpaged.cli.flags import build, flags_of
+from jpaged.cli.session import open_engine
+from jpaged.cli.status import Status
+from jpaged.config import EngineConfig
+from jpaged.server.config import ServerConfig
+
+EngineFlags = flags_of(EngineConfig, "ServeEngine", leave_out=("model",))
+ServerFlags = flags_of(ServerConfig, "ServeServer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve a model over HTTP, for OpenAI's clients.
+
+    Listens on 127.0.0.1:8000 unless told otherwise. Ctrl-C or SIGTERM finishes what is in flight; a second one stops.
+    """
+
+    model: Annotated[conf.Positional[str], conf.arg(metavar="MODEL")] = EngineConfig.model
+    """A short name (smollm2-135m), a .gguf file, a Hugging Face folder, or a hub id."""
+    server: ServerFlags = dataclasses.field(default_factory=ServerFlags)  # type: ignore[valid-type]
+    """The server's settings."""
+    engine: EngineFlags = dataclasses.field(default_factory=EngineFlags)  # type: ignore[valid-type]
+    """The engine's arguments."""
+
+    def run(self) -> int:
+        config = build(ServerConfig, self.server)
+        engine_config = build(EngineConfig, self.engine, model=self.model)
+        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", stream=sys.stderr)
+        from jpaged.server.lifecycle import Server, address_of, bind, plan_of
+
+        sock = bind(config)
+        status = Status()
+        engine, _ = open_engine(engine_config, status)
+        logging.getLogger("jpaged").setLevel(logging.INFO)
+
+        from jpaged.async_engine import AsyncLLM
+        from jpaged.server.app import api_keys, make_app
+
+        llm = AsyncLLM(
+            engine=engine,
+            max_num_queued_reqs=config.max_num_queued_reqs,
+            max_num_queued_tokens=config.max_num_queued_tokens,
+            step_timeout=config.step_timeout,
+        )
+        server = Server(make_app(llm, config), llm, config)
+        for line in plan_of(llm, config):
+            status.line(line)
+        if not config.uds and config.host not in ("127.0.0.1", "::1", "localhost") and not api_keys(config):
+            status.line("warning: other machines can connect, and there is no API key")
+        where = address_of(sock, config)
+        server.on_ready = lambda: status.line(f"jpaged is ready on {where}")
+        status.muted = True  # what is compiled from here on is no news
+        exit_status = server.run_until_end(sock)
+        if exit_status:  # a thread may be stuck on the device: waiting for it would never end
+            sys.stderr.flush()
+            os._exit(exit_status)
+        return exit_status

@@ -1,0 +1,60 @@
+"""The ASGI application: all endpoints, and what stands in front of them."""
+
+import os
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+
+import jpaged
+from jpaged.async_engine import AsyncLLM
+from jpaged.server import admin, chat, completions, errors, status, tokenize
+from jpaged.server.config import ServerConfig
+from jpaged.server.metrics import Metrics
+from jpaged.server.middleware import Guard, Limits, RequestIds
+from jpaged.server.protocol import ErrorResponse
+from jpaged.server.service import Service
+
+_FAILURES = (400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
+
+
+def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
+    """The application around an engine, which stays the caller's to shut down.
+
+    Raises:
+      InvalidConfigError: see `Service`.
+    """
+    service = Service(llm, config)
+    metrics = Metrics(llm, service.names[0])
+    app = FastAPI(
+        title="jpaged",
+        version=jpaged.__version__,
+        root_path=config.root_path,
+        responses={code: {"model": ErrorResponse} for code in _FAILURES},
+    )
+    app.state.service, app.state.metrics = service, metrics
+    errors.install(app)
+    for router in (
+        completions.router_of(service),
+        chat.router_of(service),
+        tokenize.router_of(service),
+        status.router_of(service, metrics),
+    ):
+        app.include_router(router)
+    if config.enable_admin_endpoints:
+        app.include_router(admin.router_of(service))
+    # The last one added stands in front: pages ask for CORS without a key.
+    app.add_middleware(Limits, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Guard, keys=api_keys(config))
+    if config.enable_request_id_headers:
+        app.add_middleware(RequestIds)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+        )
+    return app
+
+
+def api_keys(config: ServerConfig) -> tuple[str, ...]:
+    """The keys of the flags and of the environment."""
+    from_environment = os.environ.get("JPAGED_API_KEY", "").split(",")
+    return (*config.api_key, *(key.strip() for key in from_environment if key.strip()))

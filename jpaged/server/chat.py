@@ -1,0 +1,205 @@
+"""POST /v1/chat/completions."""
+
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from jpaged.async_engine import Stream
+from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt
+from jpaged.sampling_params import SamplingParams
+from jpaged.server.completions import prompt_logprobs
+from jpaged.server.errors import ApiError
+from jpaged.server.messages import render
+from jpaged.server.protocol import ChatRequest
+from jpaged.server.service import Service, Usage, final_outputs, new_id
+from jpaged.server.tools import FORMATS, CallParser
+from jpaged.server.transport import JsonRoute, answer, event, stream_events
+
+
+def router_of(service: Service) -> APIRouter:
+    router = APIRouter(route_class=JsonRoute)
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        """Answers chats."""
+        return await ChatCompletion(service, body).run(request)
+
+    return router
+
+
+class ChatCompletion:
+    """One request."""
+
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        self._service, self._body = service, body
+        self._model = service.check_model(body.model)
+        self._id = new_id("chatcmpl", body.request_id)
+        self._created = int(time.time())
+        self._calls_tools = self._decide_on_tools()
+
+    async def run(self, request: Request) -> Response:
+        service, body = self._service, self._body
+        params = self._params()
+        tokenizer = service.tokenizer
+        prompt = await service.llm.in_worker(
+            lambda: render(tokenizer, body.messages, body, with_tools=self._calls_tools)
+        )
+        prompt = service.check_length(body, prompt, params.max_tokens)
+        streams = await service.submit(body, self._id, [prompt], params)
+        if body.stream:
+            return stream_events(service, streams, self._events(streams[0]))
+        return await answer(service, request, streams, self._whole(streams))
+
+    def _params(self) -> SamplingParams:
+        body = self._body
+        if body.top_logprobs is not None and not body.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs=true.", param="top_logprobs")
+        max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if max_tokens == 0:
+            raise ApiError(400, "max_tokens=0 asks for nothing.", param="max_tokens")
+        if self._calls_tools and FORMATS[self._parser_name()].special_tokens:
+            body = body.model_copy(update={"skip_special_tokens": False})
+        return self._service.sampling_params(
+            body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+        )
+
+    def _decide_on_tools(self) -> bool:
+        """Whether the model is told of the tools, and its answer searched for calls."""
+        body, choice = self._body, self._body.tool_choice
+        if not body.tools:
+            if choice not in (None, "none", "auto"):
+                raise ApiError(400, "tool_choice needs tools.", param="tool_choice")
+            return False
+        if choice == "none":
+            return False
+        if choice in (None, "auto"):
+            if not self._service.config.enable_auto_tool_choice:
+                message = '"auto" tool choice needs a server with --enable-auto-tool-choice and --tool-call-parser.'
+                raise ApiError(400, message, param="tool_choice", code="unsupported")
+            return True
+        message = "tool_choice 'required' and named functions need structured output, which is not supported yet."
+        raise ApiError(400, message, param="tool_choice", code="unsupported")
+
+    def _parser_name(self) -> str:
+        return str(self._service.config.tool_call_parser)
+
+    def _parser(self) -> CallParser | None:
+        return CallParser(FORMATS[self._parser_name()]) if self._calls_tools else None
+
+    # ------------------------------------------------------------------------------------------------- answers
+
+    async def _whole(self, streams: Sequence[Stream]) -> dict[str, Any]:
+        body, usage = self._body, Usage()
+        [output] = await final_outputs(streams)
+        usage.add_prompt(output)
+        usage.completion = sum(len(completion.token_ids) for completion in output.outputs)
+        whole = {
+            **self._head("chat.completion"),
+            "choices": [self._choice(completion) for completion in output.outputs],
+            "usage": usage.as_dict(),
+        }
+        if body.prompt_logprobs is not None:
+            whole["prompt_logprobs"] = prompt_logprobs(output)
+        if body.return_token_ids:
+            whole["prompt_token_ids"] = output.prompt_token_ids
+        return whole
+
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": completion.text, "refusal": None}
+        reason, parser = completion.finish_reason, self._parser()
+        if parser is not None:
+            text = parser.push(completion.text)
+            rest, calls = parser.finish()
+            message["content"] = text + rest
+            if calls := self._allowed(calls):
+                message["content"] = text or None
+                message["tool_calls"] = [{k: v for k, v in call.items() if k != "index"} for call in calls]
+                reason = "tool_calls"
+        choice = {
+            "index": completion.index,
+            "message": message,
+            "logprobs": self._logprobs(completion),
+            "finish_reason": reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if completion.score is not None:
+            choice["score"] = completion.score
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice
+
+    async def _events(self, stream: Stream) -> AsyncIterator[bytes]:
+        usage, head, options = Usage(), self._head("chat.completion.chunk"), self._body.stream_options
+        parsers: dict[int, CallParser | None] = {}
+        closed: set[int] = set()
+        async for output in stream:
+            if not parsers:
+                usage.add_prompt(output)
+                for completion in output.outputs:
+                    parsers[completion.index] = self._parser()
+                    yield event({**head, "choices": [_chunk(completion.index, {"role": "assistant", "content": ""})]})
+            for completion in output.outputs:
+                if completion.index in closed:
+                    continue
+                usage.completion += len(completion.token_ids)
+                extra = {"usage": usage.as_dict()} if options and options.continuous_usage_stats else {}
+                for choice in self._chunks(completion, parsers[completion.index]):
+                    yield event({**head, "choices": [choice], **extra})
+                if completion.finished():
+                    closed.add(completion.index)
+        if options and options.include_usage:
+            yield event({**head, "choices": [], "usage": usage.as_dict()})
+
+    def _chunks(self, completion: CompletionOutput, parser: CallParser | None) -> list[dict[str, Any]]:
+        """What a sequence's new text and its end give rise to."""
+        text, reason = completion.text, completion.finish_reason
+        calls: list[dict[str, Any]] = []
+        if parser is not None:
+            text = parser.push(text)
+            if reason is not None:
+                rest, calls = parser.finish()
+                text, calls = text + rest, self._allowed(calls)
+                reason = "tool_calls" if calls else reason
+        chunks = []
+        logprobs = self._logprobs(completion) if completion.token_ids else None
+        if text or logprobs:
+            chunks.append(_chunk(completion.index, {"content": text}, logprobs))
+            if self._body.return_token_ids:
+                chunks[-1]["token_ids"] = completion.token_ids
+        if calls:
+            chunks.append(_chunk(completion.index, {"tool_calls": calls}))
+        if reason is not None:
+            end = _chunk(completion.index, {})
+            chunks.append({**end, "finish_reason": reason, "stop_reason": completion.stop_reason})
+        return chunks
+
+    def _allowed(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return calls[:1] if self._body.parallel_tool_calls is False else calls
+
+    def _logprobs(self, completion: CompletionOutput) -> dict[str, Any] | None:
+        if completion.logprobs is None:
+            return None
+        count = self._body.top_logprobs or 0
+        pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+        return {"content": [_token_logprobs(token, at, count) for token, at in pairs], "refusal": None}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+
+
+def _chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def _token_logprobs(token: int, at: LogprobsAt, count: int) -> dict[str, Any]:
+    ranked = [(t, one) for t, one in at.items() if one.rank is not None and one.rank <= count]
+    ranked.sort(key=lambda pair: pair[1].rank or 0)
+    return {**_one(token, at[token]), "top_logprobs": [_one(t, one) for t, one in ranked]}
+
+
+def _one(token: int, logprob: Logprob) -> dict[str, Any]:
+    text = f"token_id:{token}" if logprob.decoded_token is None else logprob.decoded_token
+    return {"token": text, "logprob": logprob.logprob, "bytes": list(text.encode())}

@@ -1,0 +1,172 @@
+"""A server's life: bind, serve, drain, end; and what its exit status says.
+
+0: a signal came and all was drained. 1: the engine died. A second signal stops at once.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from jpaged.async_engine import AsyncLLM
+from jpaged.errors import EngineDeadError, InvalidConfigError
+from jpaged.server.config import ServerConfig
+from jpaged.server.metrics import Metrics
+
+log = logging.getLogger("jpaged.server")
+
+_GRACE = 5.0
+"""Seconds that clients have to take the errors that end a drain."""
+_STATS_EVERY = 10.0
+
+
+def bind(config: ServerConfig) -> socket.socket:
+    """Takes the address before anything is loaded; nobody can connect until the server serves.
+
+    Raises:
+      InvalidConfigError: the address is in use, or not ours.
+    """
+    where = config.uds or f"{config.host}:{config.port}"
+    try:
+        if config.uds is not None:
+            path = Path(config.uds)
+            if path.exists() and stat.S_ISSOCK(path.stat().st_mode):
+                path.unlink()  # of an earlier server
+            sock = socket.socket(socket.AF_UNIX)
+            before = os.umask(0o177)  # ours alone
+            try:
+                sock.bind(config.uds)
+            finally:
+                os.umask(before)
+        else:
+            family, *_, address = socket.getaddrinfo(config.host, config.port, type=socket.SOCK_STREAM)[0]
+            sock = socket.socket(family)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except OSError as error:
+        raise InvalidConfigError(f"can't listen on {where}: {error.strerror or error}.") from error
+    return sock
+
+
+def address_of(sock: socket.socket, config: ServerConfig) -> str:
+    """Where clients find it."""
+    if config.uds is not None:
+        return f"unix:{config.uds}"
+    host, port = sock.getsockname()[:2]
+    return f"{'https' if config.ssl_certfile else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with our way to end."""
+
+    def __init__(self, app: FastAPI, llm: AsyncLLM, config: ServerConfig) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                ws="none",
+                lifespan="off",
+                http="httptools",
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_certfile=config.ssl_certfile,
+                timeout_graceful_shutdown=int(config.shutdown_timeout + _GRACE) + 1,
+            )
+        )
+        self._llm, self._settings = llm, config
+        self._metrics: Metrics = app.state.metrics
+        llm.on_death = self._take_death
+        self.on_ready: Callable[[], None] = lambda: None
+        """Called when connections are taken."""
+
+    def run_until_end(self, sock: socket.socket) -> int:
+        """Serves until a signal comes or the engine dies; returns the exit status."""
+        self.run([sock])
+        if self._settings.uds is not None:
+            Path(self._settings.uds).unlink(missing_ok=True)
+        return 0 if self._llm.failure is None else 1
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        stats = None if self._settings.disable_log_stats else asyncio.create_task(self._log_stats())
+        try:
+            await super().serve(sockets)
+        finally:
+            if stats is not None:
+                stats.cancel()
+            if not self.force_exit:
+                await self._llm.shutdown()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.on_ready()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """The first signal drains, the second stops at once."""
+        name = signal.Signals(sig).name
+        if self.should_exit:
+            log.warning("%s: stopping at once", name)
+            os._exit(128 + sig)
+        log.warning("%s: no new requests; those in flight have %g s", name, self._settings.shutdown_timeout)
+        self.should_exit = True
+        self._loop.call_soon_threadsafe(self._loop.call_later, self._settings.shutdown_timeout, self._end_drain)
+
+    def _end_drain(self) -> None:
+        log.warning("aborting %d requests", self._llm.num_unfinished_requests)
+        self._aborting = self._loop.create_task(self._llm.abort_all())
+
+    def _take_death(self, _: EngineDeadError) -> None:
+        self.should_exit = True  # requests get their errors meanwhile
+
+    async def _log_stats(self) -> None:
+        then, before = time.monotonic(), self._totals()
+        while True:
+            await asyncio.sleep(_STATS_EVERY)
+            now, totals = time.monotonic(), self._totals()
+            scheduler, blocks = self._llm.engine.scheduler, self._llm.engine.blocks
+            if totals != before or scheduler.has_work:
+                prompt, generated, cached = ((a - b) for a, b in zip(totals, before, strict=True))
+                log.info(
+                    "prompt %.0f tokens/s (%.0f %% cached), generation %.0f tokens/s; "
+                    "%d running, %d waiting, %d swapped; "
+                    "KV cache %.1f %%; %d preemptions, %d tokens lost by them",
+                    prompt / (now - then),
+                    100 * cached / max(1, prompt),
+                    generated / (now - then),
+                    len(scheduler.running),
+                    scheduler.num_waiting,
+                    scheduler.num_swapped,
+                    100 * blocks.num_used / blocks.allocator.num_usable,
+                    scheduler.num_preemptions,
+                    scheduler.tokens_lost,
+                )
+            then, before = now, totals
+
+    def _totals(self) -> tuple[int, int, int]:
+        return self._metrics.prompt_tokens, self._metrics.generation_tokens, self._metrics.cached_tokens
+
+
+def plan_of(llm: AsyncLLM, config: ServerConfig) -> list[str]:
+    """What the server is going to do, in lines for whoever started it."""
+    engine: Any = llm.engine
+    spec, scheduler, swap = engine.runner.spec, engine.scheduler, engine.scheduler.swap_space
+    usable = engine.blocks.allocator.num_usable
+    return [
+        f"model {engine.config.model}: context {engine.max_model_len} tokens, "
+        f"{engine.blocks.tables.shape[0]} sequences at once, {scheduler.max_num_batched_tokens} tokens a step",
+        f"KV cache: {usable} blocks of {engine.config.block_size} tokens ({usable * engine.config.block_size} tokens), "
+        f"{spec.num_bytes / 2**20:.0f} MiB; swap space: {swap.capacity} blocks",
+        f"{len(scheduler.buckets)} step shapes; queue: {config.max_num_queued_reqs} requests, "
+        f"{config.max_num_queued_tokens} tokens",
+    ]

@@ -1,0 +1,248 @@
+"""Service: what all handlers share, and a request's way from its fields to the engine's streams."""
+
+import asyncio
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jpaged.async_engine import AsyncLLM, Stream
+from jpaged.errors import InvalidConfigError, InvalidRequestError
+from jpaged.outputs import RequestOutput
+from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.server.config import ServerConfig
+from jpaged.server.errors import ApiError
+from jpaged.server.protocol import Generation
+
+if TYPE_CHECKING:
+    from jpaged.tokenization import Tokenizer, TokensPrompt
+
+log = logging.getLogger("jpaged.server")
+
+_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""What a model's generation_config may say about sampling."""
+_SAME_NAME = (
+    *("n", "best_of", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "seed", "stop", "stop_token_ids", "bad_words", "ignore_eos", "min_tokens"),
+    *("prompt_logprobs", "allowed_token_ids", "skip_special_tokens", "include_stop_str_in_output"),
+    *("use_beam_search", "length_penalty", "early_stopping"),
+)
+"""Fields of a request that are fields of `SamplingParams`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizedPrompt:
+    """A prompt on its way to the engine."""
+
+    text: str | None
+    tokens: list[int]
+
+
+class Service:
+    """What the handlers work with.
+
+    Args:
+      llm: the engine.
+      config: the server's settings.
+
+    Raises:
+      InvalidConfigError: the model's generation_config or the chat template can't be used.
+    """
+
+    def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
+        self.llm, self.config = llm, config
+        self.names = config.served_model_name or (llm.engine.config.model,)
+        self.created = int(time.time())
+        self.in_flight = 0
+        """Requests that have been accepted and not been answered to the end."""
+        self.defaults: dict[str, Any] = {}
+        if config.generation_config == "auto":
+            known = llm.engine.generation_config
+            self.defaults = {name: known[name] for name in _DEFAULTS if known.get(name) is not None}
+            if known.get("do_sample") is False:
+                self.defaults["temperature"] = 0.0
+            try:
+                SamplingParams(**self.defaults)
+            except InvalidRequestError as error:
+                raise InvalidConfigError(
+                    f"the model's generation_config: {error} Use generation_config=none."
+                ) from error
+        if config.chat_template is not None:
+            if llm.engine.tokenizer is None:
+                raise InvalidConfigError("chat_template needs a model with a tokenizer.")
+            try:
+                llm.engine.tokenizer.chat_template = Path(config.chat_template).read_text()
+            except OSError as error:
+                raise InvalidConfigError(f"chat_template: {error}") from error
+
+    @property
+    def tokenizer(self) -> "Tokenizer":
+        if self.llm.engine.tokenizer is None:
+            raise ApiError(400, "this model has no tokenizer: only prompts of token ids can be served.")
+        return self.llm.engine.tokenizer
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with.
+
+        Raises:
+          ApiError: 404, no such model.
+        """
+        if name is None:
+            return self.names[0]
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise ApiError(
+                404, f"the model {name!r} does not exist; here is {known}.", param="model", code="model_not_found"
+            )
+        return name
+
+    # ---------------------------------------------------------------------------------------------- parameters
+
+    def sampling_params(self, request: Generation, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """What a request says about sampling; what it does not say is the model's default.
+
+        Raises:
+          ApiError, InvalidRequestError, UnsupportedFeatureError: it can't be served as asked.
+        """
+        refuse_structure(request)
+        given = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
+        if request.use_beam_search:
+            given.setdefault("temperature", 0.0)
+        else:
+            given = {**self.defaults, **given}
+        if request.logit_bias is not None:
+            try:
+                given["logit_bias"] = {int(token): value for token, value in request.logit_bias.items()}
+            except ValueError:
+                raise ApiError(400, "logit_bias must map token ids to numbers.", param="logit_bias") from None
+        for name, wanted in (("logprobs", logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if wanted is not None and wanted > self.config.max_logprobs:
+                message = f"{name}={wanted} is above this server's limit of {self.config.max_logprobs}."
+                raise ApiError(400, message, param=name)
+        if request.stream and (given.get("best_of") or 1) > (given.get("n") or 1) and not request.use_beam_search:
+            raise ApiError(400, "best_of above n can't be streamed: the best are known at the end.", param="best_of")
+        kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, output_kind=kind)
+
+    def check_length(self, request: Generation, prompt: TokenizedPrompt, max_tokens: int | None) -> TokenizedPrompt:
+        """Cuts the prompt if that was asked for.
+
+        Raises:
+          ApiError: 400, prompt and max_tokens together are longer than the context.
+        """
+        tokens, most = prompt.tokens, self.llm.engine.max_model_len
+        if request.truncate_prompt_tokens is not None and len(tokens) > request.truncate_prompt_tokens:
+            prompt = TokenizedPrompt(text=None, tokens=tokens[-request.truncate_prompt_tokens :])
+        if len(prompt.tokens) + (max_tokens or 1) > most:
+            raise ApiError(
+                400,
+                f"this model's maximum context length is {most} tokens; the prompt has {len(prompt.tokens)} and "
+                f"{max_tokens or 1} more were asked for. Shorten the prompt or lower max_tokens.",
+                code="context_length_exceeded",
+            )
+        return prompt
+
+    # -------------------------------------------------------------------------------------------------- running
+
+    async def submit(
+        self, request: Generation, request_id: str, prompts: Sequence[TokenizedPrompt], params: SamplingParams
+    ) -> list[Stream]:
+        """Queues a request's prompts; all or none of them."""
+        streams: list[Stream] = []
+        try:
+            for i, prompt in enumerate(prompts):
+                tokens: TokensPrompt = {"prompt_token_ids": prompt.tokens, "cache_salt": request.cache_salt or ""}
+                if prompt.text is not None:
+                    tokens["prompt"] = prompt.text
+                name = request_id if len(prompts) == 1 else f"{request_id}-{i}"
+                streams.append(await self.llm.submit(tokens, params, name, priority=request.priority))
+        except BaseException:
+            close(streams)
+            raise
+        if self.config.enable_log_requests:
+            lengths = [len(prompt.tokens) for prompt in prompts]
+            log.info(
+                "request %s: %s prompt tokens, n=%d, max_tokens=%s", request_id, lengths, params.n, params.max_tokens
+            )
+        return streams
+
+
+def refuse_structure(request: Generation) -> None:
+    """Structured output is not offered yet; asking for it is an error."""
+    if request.structured_outputs is not None:
+        raise ApiError(400, "structured_outputs is not supported yet.", param="structured_outputs", code="unsupported")
+    if request.response_format is not None and request.response_format.type != "text":
+        kind = request.response_format.type
+        raise ApiError(
+            400, f"response_format {kind!r} is not supported yet.", param="response_format", code="unsupported"
+        )
+
+
+def new_id(prefix: str, given: str | None) -> str:
+    return f"{prefix}-{given or uuid.uuid4().hex}"
+
+
+def close(streams: Sequence[Stream]) -> None:
+    for stream in streams:
+        stream.close()
+
+
+async def final_outputs(streams: Sequence[Stream]) -> list[RequestOutput]:
+    """The last output of each stream.
+
+    Raises:
+      ApiError: 503, the request was aborted from outside (the server shuts down, or an operator did it).
+    """
+    finals = []
+    for stream in streams:
+        [output] = [output async for output in stream]  # FINAL_ONLY
+        if any(completion.finish_reason == "abort" for completion in output.outputs):
+            raise ApiError(503, "the request was aborted by the server.", code="aborted")
+        finals.append(output)
+    return finals
+
+
+async def merged(streams: Sequence[Stream]) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """(index of the stream, output) as they come."""
+    if len(streams) == 1:
+        async for output in streams[0]:
+            yield 0, output
+        return
+    waiting = {asyncio.ensure_future(anext(stream)): i for i, stream in enumerate(streams)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = waiting.pop(task)
+                output = task.result()
+                yield i, output
+                if not output.finished:
+                    waiting[asyncio.ensure_future(anext(streams[i]))] = i
+    finally:
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@dataclasses.dataclass
+class Usage:
+    """Tokens of a request, over all its prompts and samples."""
+
+    prompt: int = 0
+    completion: int = 0
+    cached: int = 0
+
+    def add_prompt(self, output: RequestOutput) -> None:
+        self.prompt += len(output.prompt_token_ids)
+        self.cached += output.num_cached_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.completion,
+            "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
+        }

@@ -1,0 +1,108 @@
+"""Between handlers and HTTP: server-sent events, and requests whose client has gone away."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from pydantic_core import from_json
+from starlette.types import Receive, Scope, Send
+
+from jpaged.async_engine import Stream
+from jpaged.server.errors import ApiError, as_api_error, body_of
+from jpaged.server.service import Service, close
+
+WRITE_TIMEOUT = 300.0
+"""Seconds that a client may take nothing of a stream before its request is dropped."""
+CLIENT_GONE = 499
+
+
+class JsonRequest(Request):
+    """Reads JSON with bounded nesting and without NaN."""
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            try:
+                self._json = from_json(await self.body(), allow_inf_nan=False)
+            except ValueError as error:
+                raise ApiError(400, f"the body is not valid JSON: {error}.", code="invalid_json") from error
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read by `JsonRequest`."""
+
+    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            if self.body_field is not None and kind != "application/json":
+                raise ApiError(415, "send the body as JSON, with the header 'Content-Type: application/json'.")
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return handle
+
+
+class EventStream(StreamingResponse):
+    """Server-sent events; a client that takes nothing for long is dropped."""
+
+    def __init__(self, events: AsyncIterator[bytes]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def patient_send(message: Any) -> None:
+            async with asyncio.timeout(WRITE_TIMEOUT):
+                await send(message)
+
+        with contextlib.suppress(TimeoutError):
+            await super().__call__(scope, receive, patient_send)
+
+
+def event(data: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def stream_events(service: Service, streams: Sequence[Stream], events: AsyncIterator[bytes]) -> Response:
+    """An answer that is streamed; however it ends, the requests of the streams end with it."""
+
+    async def guarded() -> AsyncIterator[bytes]:
+        service.in_flight += 1
+        try:
+            async with contextlib.aclosing(events):  # type: ignore[type-var]
+                async for one in events:
+                    yield one
+        except Exception as error:  # the status is sent already: the error goes where the answer would
+            yield event(body_of(as_api_error(error)))
+        finally:
+            service.in_flight -= 1
+            close(streams)
+        yield b"data: [DONE]\n\n"
+
+    return EventStream(guarded())
+
+
+async def answer(
+    service: Service, request: Request, streams: Sequence[Stream], work: Awaitable[dict[str, Any]]
+) -> Response:
+    """An answer in one piece; if the client goes away before, the requests are aborted."""
+    service.in_flight += 1
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_client_leaves(request))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return JSONResponse(working.result()) if working.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        service.in_flight -= 1
+        close(streams)
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _client_leaves(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,104 @@
+"""Tool calls: what models write, in whatever pieces it comes, becomes OpenAI's tool_calls."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jpaged.server.tools import FORMATS, CallParser
+from tests.server.support import serving
+
+HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": "a</b>"}}\n</tool_call>'
+CASES = [
+    ("hermes", "no call at all, 1 < 2", "no call at all, 1 < 2", []),
+    ("hermes", HERMES, "", [("f", {"x": "a</b>"})]),
+    ("hermes", f"I look.\n{HERMES}\n{HERMES}", "I look.\n", [("f", {"x": "a</b>"})] * 2),
+    ("hermes", HERMES.removesuffix("</tool_call>"), "", [("f", {"x": "a</b>"})]),
+    ("hermes", "see <tool_call>{not json}</tool_call>", "see <tool_call>{not json}</tool_call>", []),
+    ("hermes", "it ends in <tool", "it ends in <tool", []),
+    ("llama3_json", '{"name": "g", "parameters": {"y": 1}}', "", [("g", {"y": 1})]),
+    ("llama3_json", '<|python_tag|>{"name": "g", "parameters": {}}; {"name": "h", "parameters": {"z": [2]}}', "",
+     [("g", {}), ("h", {"z": [2]})]),
+    ("llama3_json", '{"name": "cut', '{"name": "cut', []),
+    ("llama3_json", '{"other": 1}', '{"other": 1}', []),
+    ("llama3_json", 'Text, then {"name": "g", "parameters": {}}', 'Text, then {"name": "g", "parameters": {}}', []),
+    ("mistral", '[TOOL_CALLS][{"name": "m", "arguments": {"a": true}}]', "", [("m", {"a": True})]),
+    ("mistral", '[TOOL_CALLS]m{"a": 1}[TOOL_CALLS]k[ARGS]{"b": 2}', "", [("m", {"a": 1}), ("k", {"b": 2})]),
+    ("mistral", "[TOOL_CALLS] nothing", "[TOOL_CALLS] nothing", []),
+    ("hermes", "<tool_call>" + "[" * 100_000, "<tool_call>" + "[" * 100_000, []),
+]  # fmt: skip
+
+
+def parse(name, pieces):
+    parser = CallParser(FORMATS[name])
+    text = "".join(parser.push(piece) for piece in pieces)
+    rest, calls = parser.finish()
+    return text + rest, [(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in calls]
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), CASES)
+def test_calls_of_every_family(name, text, content, calls):
+    assert parse(name, [text]) == (content, calls)
+
+
+@given(st.sampled_from(CASES[:-1]), st.lists(st.integers(1, 9), max_size=40))
+def test_pieces_do_not_matter(case, cuts):
+    name, text, content, calls = case
+    pieces, at = [], 0
+    for cut in cuts:
+        pieces.append(text[at : at + cut])
+        at += cut
+    assert parse(name, [*pieces, text[at:]]) == (content, calls)
+
+
+def test_text_is_not_held_back_without_need():
+    parser = CallParser(FORMATS["hermes"])
+    assert parser.push("hello <to") == "hello "
+    assert parser.push("p>") == "<top>"
+
+
+TEMPLATE = """{%- for t in tools or [] %}{{ t.function.name }};{% endfor -%}
+{% for m in messages %}<s>{{ m.role }}:{{ m.content }}
+{%- for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}</s>{% endfor %}"""
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture
+def with_tools(tiny, tmp_path):
+    engine = tiny()
+    before = engine.tokenizer.chat_template
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    settings = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
+    with serving(engine, chat_template=str(tmp_path / "t.jinja"), **settings) as live:
+        yield live
+    engine.tokenizer.chat_template = before
+
+
+def test_a_conversation_with_tools(with_tools):
+    """The tiny model writes no calls; what goes to it and what becomes of its text is as with any other."""
+    messages = [
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [
+            {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "dry"},
+    ]  # fmt: skip
+    body = with_tools.post("/tokenize", messages=messages, tools=[TOOL]).json()
+    text = with_tools.post("/detokenize", tokens=body["tokens"]).json()["prompt"]
+    assert "weather;" in text
+    assert "[weather Rome]" in text
+    client, ask = with_tools.openai.chat.completions, {"model": "tiny", "messages": messages, "tools": [TOOL]}
+    got = client.create(**ask, temperature=0, max_tokens=12)
+    chunks = list(client.create(**ask, temperature=0, max_tokens=12, stream=True))
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == got.choices[0].message.content
+    without = client.create(**ask, tool_choice="none", temperature=0, max_tokens=1)
+    assert without.usage.prompt_tokens < got.usage.prompt_tokens
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_what_needs_structured_output_is_refused(with_tools, choice):
+    answer = with_tools.post(
+        "/v1/chat/completions", messages=[{"role": "user", "content": "x"}], tools=[TOOL], tool_choice=choice
+    )
+    assert answer.status_code == 400
+    assert "structured output" in answer.json()["error"]["message"]
