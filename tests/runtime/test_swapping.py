@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from jax.sharding import SingleDeviceSharding
 
 from jpaged.runtime.swapping import CHUNKS, Swapper
 
@@ -18,7 +19,7 @@ def new_pool(seed=0):
 @pytest.fixture(scope="module")
 def compiled():
     """One for all tests: its two programs are compiled once for each chunk size."""
-    return Swapper(BLOCK_BYTES, jax.devices()[0])
+    return Swapper(BLOCK_BYTES, SingleDeviceSharding(jax.devices()[0]))
 
 
 @pytest.fixture
