@@ -13,10 +13,14 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.server.completions import prompt_logprobs
 from jpaged.server.errors import ApiError
 from jpaged.server.messages import render
-from jpaged.server.protocol import ChatRequest
-from jpaged.server.service import Service, Usage, final_outputs, new_id
-from jpaged.server.tools import FORMATS, CallParser
+from jpaged.server.protocol import ChatRequest, NamedTool
+from jpaged.server.service import Service, Usage, final_outputs, new_id, structure_of
+from jpaged.server.tools import FORMATS, REQUIRED, CallParser, Format, named, schema_of_call, schema_of_calls
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
+from jpaged.structured.params import StructuredOutputsParams
+
+MAX_FORCED_CALLS = 8
+"""Most calls of an answer with tool_choice "required"."""
 
 
 def router_of(service: Service) -> APIRouter:
@@ -38,14 +42,15 @@ class ChatCompletion:
         self._model = service.check_model(body.model)
         self._id = new_id("chatcmpl", body.request_id)
         self._created = int(time.time())
-        self._calls_tools = self._decide_on_tools()
+        self._structure: StructuredOutputsParams | None = None
+        self._format = self._decide_on_tools()
 
     async def run(self, request: Request) -> Response:
         service, body = self._service, self._body
         params = self._params()
         tokenizer = service.tokenizer
         prompt = await service.llm.in_worker(
-            lambda: render(tokenizer, body.messages, body, with_tools=self._calls_tools)
+            lambda: render(tokenizer, body.messages, body, with_tools=self._format is not None)
         )
         prompt = service.check_length(body, prompt, params.max_tokens)
         streams = await service.submit(body, self._id, [prompt], params)
@@ -60,34 +65,45 @@ class ChatCompletion:
         max_tokens = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         if max_tokens == 0:
             raise ApiError(400, "max_tokens=0 asks for nothing.", param="max_tokens")
-        if self._calls_tools and FORMATS[self._parser_name()].special_tokens:
+        if self._format is not None and self._format.special_tokens:
             body = body.model_copy(update={"skip_special_tokens": False})
         return self._service.sampling_params(
-            body, max_tokens=max_tokens, logprobs=(body.top_logprobs or 0) if body.logprobs else None
+            body,
+            max_tokens=max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            structure=self._structure,
         )
 
-    def _decide_on_tools(self) -> bool:
-        """Whether the model is told of the tools, and its answer searched for calls."""
+    def _decide_on_tools(self) -> Format | None:
+        """How calls will be written; None: the model is not told of any tools."""
         body, choice = self._body, self._body.tool_choice
         if not body.tools:
             if choice not in (None, "none", "auto"):
                 raise ApiError(400, "tool_choice needs tools.", param="tool_choice")
-            return False
+            return None
         if choice == "none":
-            return False
+            return None
+        functions = {tool.function.name: tool.function.model_dump() for tool in body.tools}
         if choice in (None, "auto"):
-            if not self._service.config.enable_auto_tool_choice:
+            parser = self._service.config.tool_call_parser
+            if not self._service.config.enable_auto_tool_choice or parser is None:
                 message = '"auto" tool choice needs a server with --enable-auto-tool-choice and --tool-call-parser.'
                 raise ApiError(400, message, param="tool_choice", code="unsupported")
-            return True
-        message = "tool_choice 'required' and named functions need structured output, which is not supported yet."
-        raise ApiError(400, message, param="tool_choice", code="unsupported")
-
-    def _parser_name(self) -> str:
-        return str(self._service.config.tool_call_parser)
+            return FORMATS[parser]
+        if structure_of(body) is not None:
+            raise ApiError(400, "a forced tool_choice and a response_format exclude each other.", param="tool_choice")
+        if isinstance(choice, NamedTool):
+            name = choice.function.name
+            if name not in functions:
+                raise ApiError(400, f"tool_choice: there is no tool {name!r}.", param="tool_choice")
+            self._structure = StructuredOutputsParams(json=schema_of_call(functions[name]))
+            return named(name)
+        most = 1 if body.parallel_tool_calls is False else MAX_FORCED_CALLS
+        self._structure = StructuredOutputsParams(json=schema_of_calls(functions.values(), most))
+        return REQUIRED
 
     def _parser(self) -> CallParser | None:
-        return CallParser(FORMATS[self._parser_name()]) if self._calls_tools else None
+        return None if self._format is None else CallParser(self._format)
 
     # ------------------------------------------------------------------------------------------------- answers
 

@@ -25,9 +25,26 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None
 
 
+class JsonSchema(Strict):
+    name: Annotated[str, StringConstraints(max_length=64)]
+    json_schema: dict[str, Any] = Field(alias="schema")
+    description: Text | None = None
+    strict: bool | None = None
+
+
 class FormatOfText(Strict):
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Strict):
+    """See `jpaged.structured.params`: exactly one of them."""
+
+    json_: Text | dict[str, Any] | None = Field(None, alias="json")
+    regex: Text | None = None
+    choice: Annotated[list[Text], Field(max_length=1024)] | None = None
+    grammar: Text | None = None
+    json_object: bool | None = None
 
 
 class Generation(Strict):
@@ -70,7 +87,7 @@ class Generation(Strict):
     early_stopping: bool | Literal["never"] | None = None
 
     response_format: FormatOfText | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     # What OpenAI's clients send and what changes nothing here.
     user: Annotated[str, StringConstraints(max_length=1024)] | None = None

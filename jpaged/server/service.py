@@ -16,6 +16,7 @@ from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.server.config import ServerConfig
 from jpaged.server.errors import ApiError
 from jpaged.server.protocol import Generation
+from jpaged.structured.params import StructuredOutputsParams
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer, TokensPrompt
@@ -101,13 +102,19 @@ class Service:
 
     # ---------------------------------------------------------------------------------------------- parameters
 
-    def sampling_params(self, request: Generation, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(
+        self,
+        request: Generation,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        structure: StructuredOutputsParams | None = None,
+    ) -> SamplingParams:
         """What a request says about sampling; what it does not say is the model's default.
 
         Raises:
           ApiError, InvalidRequestError, UnsupportedFeatureError: it can't be served as asked.
         """
-        refuse_structure(request)
         given = {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
         if request.use_beam_search:
             given.setdefault("temperature", 0.0)
@@ -125,6 +132,7 @@ class Service:
         if request.stream and (given.get("best_of") or 1) > (given.get("n") or 1) and not request.use_beam_search:
             raise ApiError(400, "best_of above n can't be streamed: the best are known at the end.", param="best_of")
         kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+        given["structured_outputs"] = structure or structure_of(request)
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, output_kind=kind)
 
     def check_length(self, request: Generation, prompt: TokenizedPrompt, max_tokens: int | None) -> TokenizedPrompt:
@@ -170,15 +178,24 @@ class Service:
         return streams
 
 
-def refuse_structure(request: Generation) -> None:
-    """Structured output is not offered yet; asking for it is an error."""
-    if request.structured_outputs is not None:
-        raise ApiError(400, "structured_outputs is not supported yet.", param="structured_outputs", code="unsupported")
-    if request.response_format is not None and request.response_format.type != "text":
-        kind = request.response_format.type
-        raise ApiError(
-            400, f"response_format {kind!r} is not supported yet.", param="response_format", code="unsupported"
+def structure_of(request: Generation) -> StructuredOutputsParams | None:
+    """The form that a request wants its output to have.
+
+    Raises:
+      ApiError, InvalidRequestError: it is none, or two are given.
+    """
+    wanted, form = request.structured_outputs, request.response_format
+    if form is None or form.type == "text":
+        return (
+            None if wanted is None else StructuredOutputsParams(**wanted.model_dump(exclude_none=True, by_alias=True))
         )
+    if wanted is not None:
+        raise ApiError(400, "response_format and structured_outputs exclude each other.", param="response_format")
+    if form.type == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if form.json_schema is None:
+        raise ApiError(400, "response_format 'json_schema' needs a json_schema.", param="response_format")
+    return StructuredOutputsParams(json=form.json_schema.json_schema)
 
 
 def new_id(prefix: str, given: str | None) -> str:

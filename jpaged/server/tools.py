@@ -8,7 +8,7 @@ import dataclasses
 import json
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 Call = tuple[str, dict[str, Any]]
@@ -137,6 +137,41 @@ def _mistral(text: str) -> list[Call] | None:
     return _all_or_none([m and {"name": m[1], "arguments": _json(m[2])} for m in named])
 
 
+def _required(text: str) -> list[Call] | None:
+    """[{"name": ..., "parameters": {...}}, ...], by a grammar."""
+    values = _json(text)
+    return _all_or_none(values) if isinstance(values, list) else None
+
+
+def named(name: str) -> Format:
+    """The arguments of one function alone, by a grammar."""
+
+    def parse(text: str) -> list[Call] | None:
+        return _all_or_none([{"name": name, "arguments": _json(text)}])
+
+    return Format(begins=("",), only_at_start=True, parse=parse, special_tokens=False)
+
+
+def schema_of_call(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a function's arguments."""
+    return tool.get("parameters") or {"type": "object"}
+
+
+def schema_of_calls(tools: Iterable[Mapping[str, Any]], most: int) -> dict[str, Any]:
+    """The JSON schema of 1 to `most` calls of these functions."""
+    calls = [
+        {
+            "type": "object",
+            "properties": {"name": {"const": tool["name"]}, "parameters": schema_of_call(tool)},
+            "required": ["name", "parameters"],
+            "additionalProperties": False,
+        }
+        for tool in tools
+    ]
+    return {"type": "array", "minItems": 1, "maxItems": most, "items": {"anyOf": calls}}
+
+
+REQUIRED = Format(begins=("",), only_at_start=True, parse=_required, special_tokens=False)
 FORMATS = {
     "hermes": Format(begins=("<tool_call>",), only_at_start=False, parse=_hermes, special_tokens=False),
     "llama3_json": Format(begins=("<|python_tag|>", '{"name"'), only_at_start=True, parse=_llama3, special_tokens=True),

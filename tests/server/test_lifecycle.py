@@ -115,7 +115,7 @@ def test_an_engine_fault(tiny, monkeypatch, stream):
         def broken(plan):
             raise RuntimeError("/secret/path at 10.0.0.1")
 
-        monkeypatch.setattr(live.llm.engine.runner, "launch", broken)
+        monkeypatch.setattr(live.llm.engine.runner, "forward", broken)
         health = httpx.Client(base_url=live.url)
         assert health.get("/health").status_code == 200
         live.llm.on_death = lambda error: None  # the process stays, so that it can be looked at
