@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from jpaged.activations import capture
     from jpaged.async_engine import AsyncLLM
     from jpaged.config import EngineConfig
     from jpaged.engine import LLMEngine
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jpaged.structured import StructuredOutputsParams
 
 _HOME = {
+    "capture": "jpaged.activations",
     "LLM": "jpaged.llm",
     "AsyncLLM": "jpaged.async_engine",
     "LLMEngine": "jpaged.engine",
@@ -53,6 +55,7 @@ __all__ = [
     "SamplingParams",
     "Session",
     "StructuredOutputsParams",
+    "capture",
 ]
 
 __version__ = "0.1.0"

@@ -124,6 +124,8 @@ class LLMEngine:
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
         constraint = params.structured_outputs
         matcher = None if constraint is None else self.grammars.matcher(constraint)
+        if self.runner.capture is not None and params.use_beam_search:
+            raise InvalidRequestError("activations can't be captured in beam search: use sampling, or n.")
         arrival = next(self._arrivals)
         seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
         group = SequenceGroup(
@@ -135,6 +137,7 @@ class LLMEngine:
             (priority, arrival),
             RequestMetrics(arrival_time=time.monotonic()),
             salt,
+            bypasses_cache=self.runner.capture is not None,
             scored_from=scored_from,
         )
         wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens

@@ -112,6 +112,8 @@ class SequenceGroup:
     status: Status = Status.WAITING
     sequences: list[Sequence] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[LogprobsAt | None] | None = None
+    bypasses_cache: bool = False
+    """All its positions are computed, whatever the prefix cache holds."""
     scored_from: int = 0
     """The first position whose token's log-probability is wanted, if those of the prompt are."""
     num_cached_tokens: int = 0

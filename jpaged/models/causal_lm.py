@@ -3,10 +3,13 @@
 hidden, _ = model.apply({"params": params}, tokens)                                  # [B, T] training
 hidden, pool = model.apply({"params": params}, tokens, positions, pool, layout)      # [T]    a paged step
 logits = model.apply({"params": params}, hidden, method=model.logits)
+
+With mutable=["intermediates"], `apply` also returns each layer's activations at `SITES`, as Flax's `sow` does:
+{"intermediates": {"residual": (one array a layer), "attention": ..., "mlp": ...}}.
 """
 
 import functools
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +22,39 @@ from jpaged.models.rope import cos_sin
 
 Pool = tuple[jax.Array, ...]
 """One array of blocks per layer; see `pallas_kernels.paged_attention` for the layout."""
+
+
+SITES = {"residual": (), "attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "fc2")}
+"""Where activations can be captured: what the layer returns, or what its module of one of these names returns."""
+
+
+class Capture(NamedTuple):
+    """A choice of activations."""
+
+    sites: tuple[str, ...]
+    layers: tuple[int, ...]
+
+    def of(self, intermediates) -> jax.Array:
+        """float32 [T, sites, layers, E] of what a paged step's `apply` returns under "intermediates"."""
+        chosen = [jnp.stack([intermediates[site][layer] for layer in self.layers], axis=1) for site in self.sites]
+        return jnp.stack(chosen, axis=1).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _watch_layer(layer: DecoderLayer, variables, *arguments):
+    """As `_apply_layer`, and the activations by site."""
+    names = {name: site for site, modules in SITES.items() for name in modules}
+    (x, kv), state = layer.apply(
+        {"params": variables["params"]},
+        *arguments,
+        capture_intermediates=lambda module, method: method == "__call__" and module.name in names,
+        mutable=["intermediates"],
+    )
+    seen = {"residual": x}
+    for name, calls in state["intermediates"].items():
+        output = calls["__call__"][0]
+        seen[names[name]] = output[0] if isinstance(output, tuple) else output  # attention returns its pool, too
+    return (x, kv), seen
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -95,7 +131,13 @@ class CausalLM(nn.Module):
         if self.is_initializing():
             return layer(*arguments)
         # As a jitted function of its parameters, one layer is traced for all: 30 of them take seconds otherwise.
-        return _apply_layer(layer.clone(name=None, parent=None), layer.variables, *arguments)
+        alone = layer.clone(name=None, parent=None)
+        if not self.is_mutable_collection("intermediates"):
+            return _apply_layer(alone, layer.variables, *arguments)
+        output, seen = _watch_layer(alone, layer.variables, *arguments)
+        for site, activations in seen.items():
+            self.sow("intermediates", site, activations)
+        return output
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""

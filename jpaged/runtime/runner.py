@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jpaged.models.causal_lm import Capture
 from jpaged.models.config import ModelConfig
 from jpaged.runtime import state as batch
 from jpaged.runtime.beam_selection import pack_searches, packed_size, unpack_candidates
@@ -102,6 +103,10 @@ class Runner:
         )
         self.on_compile: Callable[[tuple], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
+        self.capture: Capture | None = None
+        """Activations that steps return from now on."""
+        self.on_captured: Callable[[StepPlan, jax.Array], None] = lambda plan, captured: None
+        """Called with a launched step's, float32 [tokens of the bucket, sites, layers, E], on their way."""
         self.pool: tuple[jax.Array, ...] = ()
         self.state = jax.eval_shape(self._make_state)
         self._everywhere = None if pool.mesh is None else NamedSharding(pool.mesh, PartitionSpec())
@@ -129,14 +134,14 @@ class Runner:
     def compile_forward(self, bucket: Bucket) -> Any:
         """The compiled forward pass of a bucket; compiled, or found in the persistent cache, once."""
         packed = jax.ShapeDtypeStruct((bucket.packed_size,), jnp.int32)
-        forward = make_forward(self.model, self.spec.block_size, self.tile_size, bucket)
+        forward = make_forward(self.model, self.spec.block_size, self.tile_size, bucket, self.capture)
 
         # A flat list of leaves goes through dispatch twice as fast as a nested tree.
         def flat_forward(leaves, *rest):
             return forward(jax.tree.unflatten(self._treedef, leaves), *rest)
 
         return self._compile(
-            ("forward", bucket),
+            ("forward", bucket) if self.capture is None else ("forward", bucket, self.capture),
             flat_forward,
             (1, 2),
             (self.spec.sharding, self._everywhere, self._everywhere),
@@ -211,7 +216,9 @@ class Runner:
             self._leaves, self.pool, state.tables, state.tokens, plan.pack(self._null_row)
         )
         self.state = state._replace(tables=tables)
-        return forward
+        if forward.captured is not None:
+            self.on_captured(plan, forward.captured)
+        return forward._replace(captured=None)
 
     def sample(self, plan: StepPlan, forward: Forward, masks: np.ndarray | None = None) -> StepResult:
         """Puts the rest of that step on the device's queue.

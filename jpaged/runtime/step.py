@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jpaged.models.causal_lm import Capture
 from jpaged.models.layout import PagedLayout
 from jpaged.runtime.sampler import logprobs
 from jpaged.scheduling.plan import Bucket, split_packed
@@ -31,6 +32,7 @@ class Forward(NamedTuple):
     positions: jax.Array  # int32 [N]: position of the token that these logits are for
     tile_hidden: jax.Array  # [P * C, E]: for prompt log-probabilities
     tile_targets: jax.Array  # int32 [P * C]: the token after each of the tiles' tokens
+    captured: jax.Array | None = None  # float32 [T, sites, layers, E], if activations are captured
 
 
 class _Plan(NamedTuple):
@@ -48,7 +50,9 @@ class _Plan(NamedTuple):
     copy_destinations: jax.Array  # int32 [N]
 
 
-def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Bucket) -> Callable:
+def make_forward(
+    model: nn.Module, block_size: int, tile_size: int, bucket: Bucket, capture: Capture | None = None
+) -> Callable:
     """The forward pass of one bucket, for `jax.jit(..., donate_argnums=(1, 2))`.
 
     Arguments: params (the Linen tree), pool, tables (int32 [rows, W]), tokens (int32 [rows, L]), packed (int32
@@ -80,7 +84,12 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
             decode_shared=SharedPrefixes(pieces[:, :-1], pieces[:, -1] * block_size) if len(pieces) else None,
         )
         variables = {"params": params}
-        hidden, pool = model.apply(variables, tokens[rows, positions], positions, pool, layout)
+        arguments, captured = (tokens[rows, positions], positions, pool, layout), None
+        if capture is None:
+            hidden, pool = model.apply(variables, *arguments)
+        else:
+            (hidden, pool), seen = model.apply(variables, *arguments, mutable=["intermediates"])
+            captured = capture.of(seen["intermediates"])
         return (
             pool,
             tables,
@@ -90,6 +99,7 @@ def make_forward(model: nn.Module, block_size: int, tile_size: int, bucket: Buck
                 positions=positions[plan.result_tokens] + 1,
                 tile_hidden=hidden[num_decodes:],
                 tile_targets=tokens[rows[num_decodes:], positions[num_decodes:] + 1],
+                captured=captured,
             ),
         )
 

@@ -68,6 +68,7 @@ class Admission:
             return [position]
         tokens = [s.tokens for s in heads]
         findable = None if group.params.prompt_logprobs is None else group.scored_from
+        findable = 0 if group.bypasses_cache else findable
         return self._blocks.try_open(
             [s.row for s in heads], tokens, salt=group.cache_salt, findable=findable, reserve=reserve
         )
