@@ -115,6 +115,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
         -(-limits.max_model_len // config.block_size),
         watermark=config.watermark,
         enable_prefix_caching=config.enable_prefix_caching,
+        window=checkpoint.config.shared_window,
     )
     scheduler = Scheduler(
         blocks,

@@ -2,6 +2,7 @@
 
     tables[row]   logical block -> physical block      [ 7 | 3 | 12 | 0 | 0 ... ]   0 = null block: no entry
     counts[row]   entries in use                         3
+    firsts[row]   entries before these are null again    0   (they lie behind the sliding window)
 
 A row is a running sequence's place in the batch. Its table lives here while the sequence runs. A table may also be
 parked: it keeps its blocks and has no row (`Table`).
@@ -16,6 +17,8 @@ import numpy as np
 from jpaged.memory.allocator import NULL_BLOCK, BlockAllocator
 from jpaged.memory.prefix_cache import PrefixCache, root_digest
 
+_ENDLESS = 1 << 30  # a window that nothing ever leaves
+
 
 @dataclasses.dataclass
 class PrefixCacheStats:
@@ -29,11 +32,12 @@ class PrefixCacheStats:
 class Table:
     """A block table without a row: one reference an entry, as in any table."""
 
-    blocks: np.ndarray  # int32 [n]
+    blocks: np.ndarray  # int32 [n]; the first `first` are null
     num_computed: int
     """Tokens whose K and V the blocks hold."""
     root: bytes
     digests: list[bytes]
+    first: int = 0
     pinned: bool = False
     """Never reclaimed."""
 
@@ -58,6 +62,7 @@ class BlockManager:
       max_blocks_per_row: width of a block table.
       watermark: fraction of the pool that admission leaves free, so that running sequences can grow.
       enable_prefix_caching: whether full blocks are kept and found again.
+      window: no layer attends to more than so many tokens, the query's own included; blocks behind are given back.
     """
 
     def __init__(
@@ -69,13 +74,16 @@ class BlockManager:
         *,
         watermark: float = 0.01,
         enable_prefix_caching: bool = True,
+        window: int | None = None,
     ) -> None:
         self.block_size = block_size
+        self.window = window
         self.cache = PrefixCache(block_size) if enable_prefix_caching else None
         self.allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache is not None else None)
         self.watermark_blocks = int(watermark * self.allocator.num_usable)
         self.tables = np.full((max_rows, max_blocks_per_row), NULL_BLOCK, np.int32)
         self.counts = np.zeros(max_rows, np.int32)
+        self.firsts = np.zeros(max_rows, np.int32)
         self.stats = PrefixCacheStats()
         self.num_copies = 0
         """Blocks copied on write, ever."""
@@ -90,6 +98,10 @@ class BlockManager:
 
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
+
+    def behind_window(self, position):
+        """Leading blocks that a token at `position` (an int, or int32 [n]), and those after it, do not attend to."""
+        return np.maximum(position + 1 - (self.window or _ENDLESS), 0) // self.block_size
 
     @property
     def num_free(self) -> int:
@@ -126,13 +138,17 @@ class BlockManager:
         """
         root = root_digest(salt, self.weights_version)
         look_up = self.cache is not None and findable != 0
-        found = [self.cache.match(t[:findable], root) if look_up else ([], []) for t in tokens]  # type: ignore[union-attr]
+        found = [self._match(t[:findable], root) if look_up else ([], []) for t in tokens]
         siblings = _longest_common_beginnings(tokens, self.block_size)
-        for i, (_, common) in enumerate(siblings):
-            if common > len(found[i][0]):
+        firsts = [blocks.count(NULL_BLOCK) for blocks, _ in found]
+        for i, (sibling, common) in enumerate(siblings):
+            if common > len(found[i][0]) and firsts[sibling] <= self.behind_window(common * self.block_size):
                 found[i] = [], []
+                firsts[i] = firsts[sibling]
+            else:
+                siblings[i] = 0, 0
         allocator = self.allocator
-        hits = np.array(sorted({block for blocks, _ in found for block in blocks}), np.int32)
+        hits = np.array(sorted({block for blocks, _ in found for block in blocks} - {NULL_BLOCK}), np.int32)
         shares = [max(common, len(blocks)) for (_, common), (blocks, _) in zip(siblings, found, strict=True)]
         new = sum(self.blocks_for(len(t)) - share for t, share in zip(tokens, shares, strict=True))
         revived = int((allocator.refs[hits] == 0).sum())  # hits that nobody holds are among the free ones
@@ -144,35 +160,56 @@ class BlockManager:
             if not blocks and shares[i]:
                 sibling = rows[siblings[i][0]]
                 blocks, digests = self.tables[sibling, : shares[i]].tolist(), self.digests[sibling][: shares[i]]
-            allocator.acquire(blocks)
-            self.lay(row, [*blocks, *allocator.allocate(self.blocks_for(len(tokens[i])) - len(blocks))], root, digests)
+            allocator.acquire(blocks[firsts[i] :])
+            new_blocks = allocator.allocate(self.blocks_for(len(tokens[i])) - len(blocks))
+            self.lay(row, [*blocks, *new_blocks], root, digests, firsts[i])
         allocator.release(hits)
         if look_up:
             self.stats.queries += sum(map(len, tokens))
             self.stats.hits += sum(len(blocks) for blocks, _ in found) * self.block_size
         return [share * self.block_size for share in shares]
 
+    def _match(self, tokens: Sequence[int], root: bytes) -> tuple[list[int], list[bytes]]:
+        return ([], []) if self.cache is None else self.cache.match(tokens, root, self.behind_window)
+
     def fork(self, source: int, row: int) -> None:
         """Lets a row without blocks share all of another's; whoever writes to one gets a copy (section 4.4)."""
-        blocks = self.tables[source, : self.counts[source]]
-        self.allocator.acquire(blocks)
-        self.lay(row, blocks, self.roots[source], self.digests[source].copy())
+        blocks, first = self.tables[source, : self.counts[source]], int(self.firsts[source])
+        self.allocator.acquire(blocks[first:])
+        self.lay(row, blocks, self.roots[source], self.digests[source].copy(), first)
+
+    def slide(self, rows: np.ndarray, positions: np.ndarray) -> None:
+        """Gives back the blocks behind the window of rows whose next tokens to compute are at `positions` (int32 [n]).
+
+        Steps run in order: who gets such a block writes to it after the last step that reads it. One block more than
+        is needed stays, so that a table that is cut back to its full blocks can go on.
+        """
+        if self.window is None:
+            return
+        firsts = np.minimum(self.behind_window(positions - self.block_size), self.counts[rows])
+        for i in np.flatnonzero(firsts > self.firsts[rows]).tolist():
+            row, first = int(rows[i]), int(firsts[i])
+            self.allocator.release(self.tables[row, self.firsts[row] : first])
+            self.tables[row, :first] = NULL_BLOCK
+            self.firsts[row] = first
+            self.version += 1
 
     def close(self, row: int) -> None:
         """Releases a row's blocks, tail first, so that shared beginnings are evicted last."""
-        count = self.counts[row]
-        self.allocator.release(self.tables[row, :count][::-1])
+        self.allocator.release(self.tables[row, self.firsts[row] : self.counts[row]][::-1])
         self._clear(row)
 
-    def lay(self, row: int, blocks: Sequence[int] | np.ndarray, root: bytes, digests: list[bytes]) -> None:
+    def lay(
+        self, row: int, blocks: Sequence[int] | np.ndarray, root: bytes, digests: list[bytes], first: int = 0
+    ) -> None:
         self.tables[row, : len(blocks)] = blocks
-        self.counts[row] = len(blocks)
+        self.counts[row], self.firsts[row] = len(blocks), first
         self.roots[row], self.digests[row] = root, digests
         self.version += 1
 
     def _clear(self, row: int) -> None:
         self.tables[row] = NULL_BLOCK
-        self.counts[row] = 0
+        self.counts[row] = self.firsts[row] = 0
         self.digests[row] = []
         self.version += 1
 
@@ -263,19 +300,23 @@ class BlockManager:
 
     def park(self, row: int, num_computed: int) -> Table:
         """Takes a row's table off the row, with the blocks of its first `num_computed` tokens."""
-        count, kept = int(self.counts[row]), self.blocks_for(num_computed)
-        self.allocator.release(self.tables[row, kept:count][::-1])
-        table = Table(self.tables[row, :kept].copy(), num_computed, self.roots[row], self.digests[row])
+        blocks, first = self.tables[row, : self.counts[row]].copy(), int(self.firsts[row])
+        table = Table(blocks, num_computed, self.roots[row], self.digests[row], first)
         self._clear(row)
         self._parked[table] = None
+        self.truncate_parked(table, num_computed)
         return table
+
+    def can_resume(self, table: Table, num_tokens: int) -> bool:
+        """Whether a parked table still has what the next of `num_tokens` tokens attends to."""
+        return table.first <= self.behind_window(min(table.num_computed, num_tokens - 1))
 
     def try_unpark(
         self, table: Table, row: int, num_tokens: int, reserve: int = 0
     ) -> tuple[int, list[tuple[int, int]]] | None:
         """Gives a row a parked table, and the blocks that `num_tokens` tokens need besides.
 
-        The last token is computed again if it was computed, for its logits.
+        The last token is computed again if it was computed, for its logits. The caller checked `can_resume`.
 
         Returns: (tokens that need not be computed, (source, destination) blocks to be copied), or None (and nothing
         changed) if blocks are short.
@@ -288,7 +329,7 @@ class BlockManager:
             return None
         del self._parked[table]
         blocks = [*table.blocks.tolist(), *self.allocator.allocate(new)]
-        self.lay(row, blocks, table.root, table.digests)
+        self.lay(row, blocks, table.root, table.digests, table.first)
         copy = self._own(row, index) if shared else None
         if len(table.digests) <= index < count and not self.allocator.is_writable(self.tables[row, index]):
             self.allocator.forget(int(self.tables[row, index]))  # it was full once: what comes now is something else
@@ -296,15 +337,18 @@ class BlockManager:
 
     def fork_parked(self, table: Table) -> Table:
         """Another table over the same blocks."""
-        self.allocator.acquire(table.blocks)
+        self.allocator.acquire(table.blocks[table.first :])
         copy = dataclasses.replace(table, digests=table.digests.copy(), pinned=False)
         self._parked[copy] = None
         return copy
 
     def truncate_parked(self, table: Table, num_computed: int) -> None:
-        """Keeps the first `num_computed` tokens' K and V of a parked table."""
+        """Keeps the first `num_computed` tokens' K and V of a parked table; nothing if the window has left them."""
+        if table.first > self.behind_window(min(table.num_computed, num_computed)):
+            num_computed = 0
         kept = self.blocks_for(num_computed)
-        self.allocator.release(table.blocks[kept:][::-1])
+        self.allocator.release(table.blocks[max(kept, table.first) :][::-1])
+        table.first = min(table.first, kept)
         table.blocks, table.num_computed = table.blocks[:kept], min(table.num_computed, num_computed)
         del table.digests[num_computed // self.block_size :]
 
@@ -335,17 +379,22 @@ class BlockManager:
     @property
     def num_pinned(self) -> int:
         """Blocks that pinned tables keep from everybody else."""
-        return len({block for table in self._parked if table.pinned for block in table.blocks.tolist()})
+        return len({block for table in self._parked if table.pinned for block in table.blocks[table.first :].tolist()})
 
     def check_invariants(self) -> None:
         """Raises RuntimeError if blocks and tables do not add up (DESIGN, contract 6)."""
-        entries = [b for row, n in enumerate(self.counts.tolist()) for b in self.tables[row, :n].tolist()]
-        entries += [b for table in self._parked for b in table.blocks.tolist()]
+        spans = enumerate(zip(self.firsts.tolist(), self.counts.tolist(), strict=True))
+        entries = [b for row, (first, count) in spans for b in self.tables[row, first:count].tolist()]
+        entries += [b for table in self._parked for b in table.blocks[table.first :].tolist()]
         if NULL_BLOCK in entries:
             raise RuntimeError("a table entry in use points to the null block")
         for row, count in enumerate(self.counts.tolist()):
             if self.tables[row, count:].any():
                 raise RuntimeError(f"row {row} has table entries beyond its count")
+            if self.tables[row, : self.firsts[row]].any():
+                raise RuntimeError(f"row {row} has table entries behind its window")
+        if any(table.blocks[: table.first].any() for table in self._parked):
+            raise RuntimeError("a parked table has entries behind its window")
         self.allocator.check_invariants(entries)
 
 

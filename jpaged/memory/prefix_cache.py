@@ -6,10 +6,12 @@ not give another prompt's keys and values (LESSONS: prefix cache gives wrong out
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from jpaged.memory.allocator import NULL_BLOCK
 
 
 class _Entry(NamedTuple):
@@ -42,34 +44,48 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._by_digest)
 
-    def match(self, tokens: Sequence[int], root: bytes) -> tuple[list[int], list[bytes]]:
+    def match(
+        self, tokens: Sequence[int], root: bytes, behind_window: Callable[[int], int] = lambda position: 0
+    ) -> tuple[list[int], list[bytes]]:
         """The longest chain of cached full blocks at the start of `tokens`: (blocks, digests).
 
         At least one token is left out, because a sequence's next token needs the logits of its last.
+
+        Args:
+          behind_window: leading blocks that a token at a position does not attend to. Those need not be cached, and
+            are null blocks in the result.
         """
         size = self.block_size
         blocks: list[int] = []
         digests: list[bytes] = []
         parent = root
+        missing = longest = 0  # blocks up to the last that is not cached; blocks of the longest match
         for start in range(0, len(tokens) - size, size):
             content = token_bytes(tokens[start : start + size])
             digest = chain(parent, content)
             entry = self._by_digest.get(digest)
-            if entry is None or entry.parent != parent or entry.tokens != content:
-                break
-            blocks.append(entry.block)
+            found = entry is not None and entry.parent == parent and entry.tokens == content
+            if not found and behind_window(len(tokens)) <= len(blocks):
+                break  # it is needed, wherever the match ends
+            blocks.append(entry.block if found else NULL_BLOCK)  # type: ignore[union-attr]
             digests.append(digest)
             parent = digest
-        return blocks, digests
+            if not found:
+                missing = len(blocks)
+            elif missing <= behind_window(len(blocks) * size):
+                longest = len(blocks)
+        behind = behind_window(longest * size)
+        return [NULL_BLOCK] * behind + blocks[behind:longest], digests[:longest]
 
     def insert(self, parent: bytes, tokens: Sequence[int], block: int) -> tuple[bytes, bool]:
         """Names a full block. Returns (digest, whether the block is now in the cache).
 
-        If equal content is cached already, in another block, that one stays and this one is not entered.
+        If equal content is cached already, in another block, that one stays and this one is not entered; nor is the
+        null block, which is where a full block was before the window left it.
         """
         content = token_bytes(tokens)
         digest = chain(parent, content)
-        if digest in self._by_digest:
+        if digest in self._by_digest or block == NULL_BLOCK:
             return digest, False
         self._by_digest[digest] = _Entry(block, parent, content)
         self._by_block[block] = digest

@@ -21,7 +21,8 @@ class Swapped:
     """The tables of some rows after their blocks have left the pool."""
 
     blocks: np.ndarray  # int32 [k]: distinct blocks, where they were in the pool
-    entries: list[np.ndarray]  # of each row, int32 [n]: its table as indices into `blocks`
+    firsts: list[int]  # of each row: null blocks that its table begins with
+    entries: list[np.ndarray]  # of each row, int32 [n]: the rest of its table as indices into `blocks`
     positions: list[int]
     """Of each row: tokens whose K and V have been computed."""
     roots: list[bytes]
@@ -49,13 +50,16 @@ class SwapSpace:
         Blocks are free for others at once: the runner copies them out before the next step overwrites them.
         """
         manager = self._blocks
-        tables = [manager.tables[r, : manager.blocks_for(p)] for r, p in zip(rows, positions, strict=True)]
+        firsts = manager.firsts[list(rows)].tolist()
+        spans = zip(rows, firsts, positions, strict=True)
+        tables = [manager.tables[row, first : manager.blocks_for(position)] for row, first, position in spans]
         blocks, entries = np.unique(np.concatenate(tables), return_inverse=True)
         if self.num_used + len(blocks) > self.capacity:
             return None
         self.num_used += len(blocks)
         swapped = Swapped(
             blocks=blocks,
+            firsts=firsts,
             entries=np.split(entries, np.cumsum([len(t) for t in tables])[:-1]),
             positions=list(positions),
             roots=[manager.roots[row] for row in rows],
@@ -82,7 +86,8 @@ class SwapSpace:
             table = blocks[inverse[start : start + len(swapped.entries[i])]]
             start += len(table)
             allocator.acquire(table)
-            manager.lay(row, table, swapped.roots[i], swapped.digests[i])
+            first = swapped.firsts[i]
+            manager.lay(row, np.pad(table, (first, 0)), swapped.roots[i], swapped.digests[i], first)
         allocator.release(blocks)
         self.forget(swapped)
         return indices.astype(np.int32), blocks

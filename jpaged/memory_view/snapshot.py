@@ -69,7 +69,7 @@ class SequenceState:
     tokens: tuple[int, ...]
     """The prompt and what has been generated and read back."""
     blocks: tuple[int, ...]
-    """Its block table: logical to physical. Empty while it waits."""
+    """Its block table: logical to physical; 0 where the window has left a block. Empty while it waits."""
     written: int
     """Tokens whose K and V are in the pool, those of steps that are launched included."""
     placed: int
@@ -124,7 +124,7 @@ class Snapshot:
 
     def references(self) -> Counter[int]:
         """Block -> table entries that point to it; one reference each."""
-        return Counter(block for sequence in self.sequences for block in sequence.blocks)
+        return Counter(block for sequence in self.sequences for block in sequence.blocks if block)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -246,6 +246,7 @@ def measure(snapshot: Snapshot) -> Measures:
         np.add.at(references, table, 1)
         np.maximum.at(written, table, np.clip(sequence.written - start, 0, size))
         np.maximum.at(placed, table, np.clip(sequence.placed - start, 0, size))
+    references[0] = written[0] = placed[0] = 0  # the null block
     used, statuses = int((references > 0).sum()), Counter(request.status for request in snapshot.requests)
     return Measures(
         used=used,

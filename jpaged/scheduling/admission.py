@@ -58,7 +58,11 @@ class Admission:
 
     def _open(self, group: SequenceGroup, heads: list[Sequence], draft: Draft, reserve: int) -> list[int] | None:
         """Where each head begins to compute, once it has its blocks; None if they are short."""
-        if (table := heads[0].parked_table) is not None:  # a session's: the only sequence of its group
+        table = heads[0].parked_table  # a session's: the only sequence of its group
+        if table is not None and not self._blocks.can_resume(table, len(heads[0].tokens)):
+            self._blocks.release_parked(table)
+            table = None
+        if table is not None:
             opened = self._blocks.try_unpark(table, heads[0].row, len(heads[0].tokens), reserve)
             if opened is None:
                 return None

@@ -71,6 +71,7 @@ class Scheduler:
         self.swap_space = SwapSpace(blocks, swap_blocks)
         self.preemption_mode = preemption_mode
         self.batch = Batch(blocks.tables.shape[0])
+        self._all_rows = np.arange(blocks.tables.shape[0])
         self.roster = Roster()
         self.num_preemptions = 0
         self.num_swaps_out = 0  # groups
@@ -130,7 +131,10 @@ class Scheduler:
         self.roster.wait(group)
 
     def _most_blocks(self, group: SequenceGroup) -> int:
-        """Blocks that a group needs at its longest: only the full blocks of its prompt are certain to be shared."""
+        """Blocks that a group needs at its longest: only the full blocks of its prompt are certain to be shared.
+
+        A window does not count: after a preemption, all of its tokens are given blocks before they are computed anew.
+        """
         size, sequences = self.blocks.block_size, group.unfinished
         shared = len(group.prompt_token_ids) // size if len(sequences) > 1 else 0
         return shared + sum(self.blocks.blocks_for(s.max_length - 1) - shared for s in sequences)
@@ -192,6 +196,7 @@ class Scheduler:
         """Plans the next step, or None if there is nothing that can be computed now."""
         draft = Draft(self._edits)
         self._edits = Edits()
+        self.blocks.slide(self._all_rows, self.batch.position)
         self._swap_in(draft)
         self._schedule_decodes(draft)
         self._schedule_chunks(draft)

@@ -39,7 +39,12 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
         total = parts.blocks.allocator.num_blocks
         assert num_blocks is None or num_blocks <= total, "the shared pool is smaller than that"
         blocks = BlockManager(
-            num_blocks or total, config.block_size, rows, width, enable_prefix_caching=enable_prefix_caching
+            num_blocks or total,
+            config.block_size,
+            rows,
+            width,
+            enable_prefix_caching=enable_prefix_caching,
+            window=parts.blocks.window,
         )
         scheduler = Scheduler(
             blocks,

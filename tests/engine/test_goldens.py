@@ -97,6 +97,36 @@ def test_families_that_ask_something_of_the_engine(name):
         assert output.outputs[0].token_ids == reference[f"{prompt}_greedy_ids"].tolist()
 
 
+def test_blocks_behind_a_window_are_others_to_use():
+    """Mistral: all layers see 16 tokens. Copies of one request hold no more than their windows, and read nothing else."""
+    folder = GOLDENS / "models" / "mistral"
+    engine = engine_factory(
+        EngineConfig(
+            model=str(folder),
+            max_num_seqs=8,
+            max_model_len=80,
+            max_num_batched_tokens=8 + 16,
+            num_gpu_blocks_override=56,
+            block_size=4,
+            warmup=False,
+        )
+    )(enable_prefix_caching=False)
+    assert engine.blocks.window == 16
+    reference, greedy = np.load(folder / "reference.npz"), SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+    prompt = reference["p0_input_ids"].tolist()
+    for i in range(8):
+        engine.add_request(f"{i}", {"prompt_token_ids": prompt}, greedy)
+    held = []
+
+    def look(step):
+        decoding = engine.scheduler.batch.position >= len(prompt)
+        held.extend((engine.blocks.counts - engine.blocks.firsts)[decoding].tolist())
+
+    for output in run(engine, after_step=look).values():
+        assert output.outputs[0].token_ids == reference["p0_greedy_ids"].tolist()
+    assert max(held) <= (16 + 4) // 4 + 2 < engine.blocks.blocks_for(len(prompt) + 31)
+
+
 @pytest.mark.parametrize("prompt", ["p0", "p1"])
 def test_tiny_llama_greedy(tiny, prompt):
     engine = tiny()

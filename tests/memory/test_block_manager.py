@@ -1,6 +1,8 @@
 """BlockManager: tables, sharing, copy-on-write, parking and the watermark. Random operations:
 test_block_manager_machine.py."""
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -271,6 +273,70 @@ def test_rows_that_begin_alike_are_opened_together_and_share():
     assert blocks.num_used == 3 + 1 + 1 + 1
     blocks.check_invariants()
     assert blocks.try_open([3], [list(range(100, 140))]) is None
+
+
+# -------------------------------------------------------------------------------------------------------- windows
+
+
+def slid(blocks, row, position):
+    blocks.slide(np.array([row]), np.array([position]))
+    blocks.check_invariants()
+
+
+def test_a_window_leaves_blocks_behind():
+    blocks = manager(window=6, enable_prefix_caching=False)
+    opened(blocks, 0, range(24))
+    slid(blocks, 0, 13)
+    assert (blocks.tables[0, :6].tolist(), blocks.num_used) == ([0, 2, 3, 4, 5, 6], 5), "one more than is needed stays"
+    blocks.fork(0, 1)
+    slid(blocks, 0, 24)
+    assert (blocks.tables[0, :6].tolist(), blocks.num_used) == ([0, 0, 0, 4, 5, 6], 5), "the fork has them still"
+    blocks.close(1)
+    assert blocks.num_used == 3
+
+
+def test_what_a_window_has_left_need_not_be_cached():
+    blocks = manager(num_blocks=9, window=6)
+    prompt = list(range(24))
+    computed(blocks, 0, prompt)
+    slid(blocks, 0, 24)
+    blocks.close(0)
+    opened(blocks, 1, range(100, 116))  # the two free blocks, and the first two of those that were left behind
+    blocks.close(1)
+    assert opened(blocks, 0, prompt) == 20
+    assert (blocks.tables[0, :6] > 0).tolist() == [False] * 3 + [True] * 3
+    blocks.check_invariants()
+
+
+def test_a_row_does_not_begin_with_blocks_that_its_sibling_left_behind():
+    blocks = manager(num_blocks=30, window=6)
+    prompt = list(range(24))
+    computed(blocks, 0, prompt)
+    blocks.close(0)
+    blocks.cache.match = functools.partial(_only, blocks.cache.match, prompt)
+    assert blocks.try_open([0, 1], [prompt, [*prompt[:12], 9, 9, 9]]) == [20, 0]
+    assert blocks.tables[1, 0] != 0
+    blocks.check_invariants()
+
+
+def _only(match, known, tokens, *arguments):
+    return match(tokens, *arguments) if tokens == known else ([], [])
+
+
+def test_a_table_cut_back_to_what_a_window_has_left_is_nothing():
+    blocks = manager(window=6, enable_prefix_caching=False)
+    opened(blocks, 0, range(24))
+    slid(blocks, 0, 24)
+    table = blocks.park(0, 24)
+    blocks.truncate_parked(table, 20)
+    assert (table.blocks.tolist(), table.num_computed) == ([0, 0, 0, 4, 5], 20)
+    assert blocks.can_resume(table, 18)
+    assert not blocks.can_resume(table, 15)
+    blocks.truncate_parked(table, 16)
+    assert table.num_computed == 0 or blocks.can_resume(table, 17)
+    blocks.truncate_parked(table, 9)
+    assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([], 0, 0)
+    blocks.check_invariants()
 
 
 # -------------------------------------------------------------------------------------------------- parked tables

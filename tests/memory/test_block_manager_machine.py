@@ -53,10 +53,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         size=st.integers(1, 4),
         caching=st.sampled_from([True, True, True, False]),
         room=st.sampled_from([0, 3, 50]),
+        window=st.sampled_from([None, None, 1, 3, 6, 11]),
     )
-    def start(self, num_blocks, size, caching, room):
-        self.size, self.caching = size, caching
-        self.blocks = BlockManager(num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching)
+    def start(self, num_blocks, size, caching, room, window):
+        self.size, self.caching, self.window = size, caching, window or 1000
+        self.blocks = BlockManager(
+            num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching, window=window
+        )
         self.space = SwapSpace(self.blocks, room)
         self.open: dict[int, Text] = {}
         self.parked: dict[Table, Text] = {}
@@ -150,6 +153,19 @@ class BlockManagerMachine(RuleBasedStateMachine):
         text.done = upto
         self.blocks.seal(row, text.tokens, upto)
 
+    @precondition(lambda self: self.open)
+    @rule()
+    def slide(self):
+        """A step is planned: what no later token of a row attends to is given back."""
+        rows = np.array(sorted(self.open), np.int32)
+        done = np.array([self.open[row].done for row in rows.tolist()], np.int32)
+        free = self.blocks.num_free
+        self.blocks.slide(rows, done)
+        assert self.blocks.num_free >= free
+        held = (self.blocks.counts - self.blocks.firsts)[rows] * self.size
+        ahead = self.blocks.counts[rows] * self.size - done
+        assert (held <= ahead + self.window + 2 * self.size).all(), "the window, and a block on each side"
+
     # -------------------------------------------------------------------------------------------- forks and writes
 
     @precondition(lambda self: self.rows() and len(self.open) < self.ROWS)
@@ -200,7 +216,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def swap_out(self, data):
         rows = data.draw(st.lists(st.sampled_from(self.rows()), min_size=1, unique=True))
-        held = {b for row in rows for b in self.blocks.tables[row, : self.blocks.counts[row]].tolist()}
+        held = {b for row in rows for b in self.blocks.tables[row].tolist() if b}
         used, tables = self.space.num_used, self.blocks.tables.copy()
         swapped = self.space.try_out(rows, [self.open[row].done for row in rows])
         if swapped is None:
@@ -266,6 +282,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.blocks.truncate_parked(table, cut)
         text = self.parked[table]
         text.done = min(text.done, cut)
+        if not table.num_computed:
+            assert text.done == 0 or self.window < 1000, "what the cut left was behind the window"
+            text.done = 0
         del text.tokens[text.done :]
 
     @precondition(lambda self: self.parked)
@@ -283,6 +302,11 @@ class BlockManagerMachine(RuleBasedStateMachine):
         text, row = self.parked[table], self.free_rows()[0]
         tokens = (text.tokens + tail)[: self.WIDTH * self.size]
         held, free = len(table.blocks), self.blocks.num_free
+        if not self.blocks.can_resume(table, len(tokens)):
+            assert self.window < 1000
+            self.blocks.release_parked(table)
+            del self.parked[table]
+            return
         opened = self.blocks.try_unpark(table, row, len(tokens))
         if opened is None:
             assert free < self.blocks.blocks_for(len(tokens)) - held + 1
@@ -328,12 +352,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         self.blocks.check_invariants()
         for row, text in self.open.items():
-            for position in range(text.done):
+            for position in range(max(text.done + 1 - self.window, 0), text.done):
                 block, offset = self.slot(row, position)
                 assert self.pool[block][offset] == text.content(position)
         for table, text in self.parked.items():
             assert table.num_computed == text.done
-            for position in range(text.done):
+            for position in range(max(text.done + 1 - self.window, 0), text.done):
                 assert self.pool[table.blocks[position // self.size]][position % self.size] == text.content(position)
 
     def teardown(self):

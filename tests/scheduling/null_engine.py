@@ -69,7 +69,9 @@ class Device:
         block_size: int,
         tile_size: int,
         looks: bool,
+        window: int | None,
     ) -> None:
+        self.window = window or max_len
         self.prefixes, self.block_size, self.tile_size, self.looks = prefixes, block_size, tile_size, looks
         self.null_row = rows
         self.tokens = np.zeros((rows + 1, max_len), np.int32)
@@ -195,8 +197,9 @@ class Device:
             self.pool[slots] = chain[start:end]
 
     def _check(self, row: int, start: int, end: int) -> None:
-        found = self.pool[self._slots(row, 0, end)]
-        assert found.tolist() == self._chains[row][:end], f"row {row} at {start}:{end} reads what is not its own"
+        begin = max(start + 1 - self.window, 0)
+        found = self.pool[self._slots(row, begin, end)]
+        assert found.tolist() == self._chains[row][begin:end], f"row {row} at {start}:{end} reads what is not its own"
 
     def _slots(self, row: int, start: int, end: int) -> np.ndarray:
         at = np.arange(start, end)
@@ -229,6 +232,7 @@ class NullEngine:
         timed: bool = True,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
+        window: int | None = None,
     ) -> None:
         self.blocks = BlockManager(
             num_blocks + 1,
@@ -237,6 +241,7 @@ class NullEngine:
             -(-max_len // block_size),
             watermark=watermark,
             enable_prefix_caching=caching,
+            window=window,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -257,6 +262,7 @@ class NullEngine:
             block_size=block_size,
             tile_size=tile_size,
             looks=checked,
+            window=window,
         )
         self.groups: list[SequenceGroup] = []  # all that were ever added, by arrival
         self.num_steps = 0
@@ -439,7 +445,8 @@ class NullEngine:
             return  # forks that the device has not heard of yet
         for row, sequence in enumerate(self.scheduler.batch.by_row):
             if sequence is not None and self.blocks.counts[row]:  # a follower has no table yet
-                assert self.device.tables[row].tolist() == self.blocks.tables[row].tolist()
+                first = self.blocks.firsts[row]  # what the window has left is nobody's business
+                assert self.device.tables[row, first:].tolist() == self.blocks.tables[row, first:].tolist()
 
     def expected(self, sequence: Sequence) -> list[int]:
         """The output that a sampled sequence has if nobody ends it early."""

@@ -48,6 +48,7 @@ def engines(draw):
         max_tiles=draw(st.sampled_from([None, 1, 2])),
         swap_blocks=draw(st.sampled_from([0, 4, 12, 100])),
         preemption_mode=draw(st.sampled_from(["auto", "auto", "swap", "recompute"])),
+        window=draw(st.sampled_from([None, None, 1, 5, 12])),
     )
 
 
@@ -126,13 +127,21 @@ TestSchedulerMachine = SchedulerMachine.TestCase
 TestSchedulerMachine.settings = settings(max_examples=100, stateful_step_count=30)
 
 
+@pytest.mark.parametrize("window", [None, 10])
 @pytest.mark.parametrize("caching", [True, False])
-def test_outputs_do_not_depend_on_the_pool(caching):
+def test_outputs_do_not_depend_on_the_pool(caching, window):
     """The same requests in a roomy pool and in ever smaller ones: the same outputs, only later."""
     steps = []
     for num_blocks in (400, 24, 12, 9):
         engine = NullEngine(
-            num_blocks=num_blocks, block_size=4, rows=6, max_len=48, tile_size=4, budget=24, caching=caching
+            num_blocks=num_blocks,
+            block_size=4,
+            rows=6,
+            max_len=48,
+            tile_size=4,
+            budget=24,
+            caching=caching,
+            window=window,
         )
         rng = random.Random(5)
         for _ in range(30):

@@ -124,6 +124,12 @@ class ModelConfig:
         return LayerConfig(self.sliding_window if slides else None, self.rope)
 
     @property
+    def shared_window(self) -> int | None:
+        """The window, if all layers have the same: no token is ever seen again once it has left it."""
+        windows = {self.layer(index).sliding_window for index in range(self.num_hidden_layers)}
+        return windows.pop() if len(windows) == 1 else None
+
+    @property
     def attention_scale(self) -> float:
         """Factor on the products of queries and keys."""
         return self.head_dim**-0.5
