@@ -78,7 +78,7 @@ class ReservingBlockManager(BlockManager):
         tokens: Tokens[Tokens[int]],
         *,
         salt: str = "",
-        use_cache: bool = True,
+        findable: int | None = None,
         reserve: int = 0,
     ) -> list[int]:
         """Gives each row a chunk of `wanted` tokens; nothing is found anywhere. The caller asked `fits`."""
