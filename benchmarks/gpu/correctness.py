@@ -63,10 +63,10 @@ def run(recorder: Recorder, implementation: str) -> None:
                 continue
             about = {"operation": operation, "case": name, "dtype": case.pool or case.dtype}
             recorder.case(about, functools.partial(check, case, implementation))
-    if implementation == "xla":  # the only implementation of these
+    if implementation == "xla":  # the only implementation of this
         recorder.case({"operation": "write_kv"}, _write)
-        recorder.case({"operation": "copy_blocks"}, _copy)
-        recorder.case({"operation": "gather and scatter"}, _gather_scatter)
+    recorder.case({"operation": "copy_blocks"}, functools.partial(_copy, implementation))
+    recorder.case({"operation": "gather and scatter"}, functools.partial(_gather_scatter, implementation))
 
 
 class _Made(NamedTuple):
@@ -170,18 +170,21 @@ def _write() -> dict[str, Any]:
     return _equal([got], [kv])
 
 
-def _copy() -> dict[str, Any]:
+def _copy(implementation: str) -> dict[str, Any]:
     pool, sources, destinations = _pool(np.random.default_rng(0)), np.array([3, 4, 3, 0]), np.array([7, 9, 1, 0])
-    got = jax.jit(copy_blocks, donate_argnums=0)(tuple(map(jnp.array, pool)), sources, destinations, np.int32(3))
+    copy = jax.jit(functools.partial(copy_blocks, implementation=implementation), donate_argnums=0)
+    got = copy(tuple(map(jnp.array, pool)), sources, destinations, np.int32(3))
     for kv in pool:
         kv[destinations] = kv[sources]
     return _equal(got, pool)
 
 
-def _gather_scatter() -> dict[str, Any]:
+def _gather_scatter(implementation: str) -> dict[str, Any]:
     pool, blocks, targets = _pool(np.random.default_rng(0)), np.array([5, 2, 19]), np.array([8, 1, 5])
     on_device = tuple(map(jnp.array, pool))
-    got = jax.jit(scatter_blocks, donate_argnums=0)(on_device, targets, jax.jit(gather_blocks)(on_device, blocks))
+    gather = jax.jit(functools.partial(gather_blocks, implementation=implementation))
+    scatter = jax.jit(functools.partial(scatter_blocks, implementation=implementation), donate_argnums=0)
+    got = scatter(on_device, targets, gather(on_device, blocks))
     for kv in pool:
         kv[targets] = kv[blocks]
     return _equal(got, pool)

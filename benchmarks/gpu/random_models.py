@@ -51,14 +51,19 @@ def model_config(name: str, tiny: bool) -> ModelConfig:
 def random_model(config: ModelConfig, dtype) -> tuple[nn.Module, dict[str, Any]]:
     """(module, parameters on the device): normal with a deviation of 0.02, one leaf at a time."""
     module = build(config, jnp.dtype(dtype))
+    leaves, structure = jax.tree.flatten(abstract_params(module, dtype))
+    make = jax.jit(_normal, static_argnums=(1, 2))
+    made = [make(jax.random.key(i), leaf.shape, leaf.dtype) for i, leaf in enumerate(leaves)]
+    return module, jax.tree.unflatten(structure, made)
+
+
+def abstract_params(module: nn.Module, dtype) -> dict[str, Any]:
+    """Shapes of a model's parameters, all of one dtype."""
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     shapes = jax.eval_shape(
         lambda key, tokens: module.init(key, tokens, method="forward_logits"), jax.random.key(0), tokens
     )["params"]
-    leaves, structure = jax.tree.flatten(shapes)
-    make = jax.jit(_normal, static_argnums=(1, 2))
-    made = [make(jax.random.key(i), leaf.shape, jnp.dtype(dtype)) for i, leaf in enumerate(leaves)]
-    return module, jax.tree.unflatten(structure, made)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)), shapes)
 
 
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype) -> jax.Array:

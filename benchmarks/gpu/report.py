@@ -19,7 +19,7 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             lines += [f"{about['device']}, driver {about['driver']}, {versions}, {about['date']}", ""]
         if result["error"]:
             lines += [f"**Failed:** {_cell(result['error'])}", ""]
-        lines += _table(result["rows"])
+        lines += table(result["rows"])
         if result["left_out"]:
             lines += [f"{result['left_out']} cases were left out for lack of time.", ""]
     return "\n".join(lines)
@@ -37,7 +37,8 @@ def complaints(result: dict[str, Any]) -> list[str]:
     return [" ".join(text.split()) for text in found]
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table with all columns that any row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     if not columns:
         return []

@@ -38,7 +38,7 @@ def prefill_tiles(head_size: int, itemsize: int) -> Tiles:
     if itemsize == 4:  # exact float32 products run on no tensor core
         return Tiles(rows=32, tokens=16, num_warps=4, num_stages=2)  # larger ones spill registers
     if head_size > 128:
-        return Tiles(rows=64, tokens=32, num_warps=4, num_stages=3)
+        return Tiles(rows=64, tokens=32, num_warps=8, num_stages=3)
     return Tiles(rows=128, tokens=64, num_warps=8, num_stages=3)
 
 

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.dispatch import Device
 from pallas_kernels.paged_attention import triton_softmax as softmax
-from pallas_kernels.paged_attention.dispatch import Device
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.splits import num_items, plan_splits

@@ -66,7 +66,8 @@ class Inputs(NamedTuple):
 
 def load(ref, index, mask=None):
     """Every axis is indexed by an array, which is what the interpreter takes; masked lanes give zeros."""
-    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+    zero = 0.0 if jnp.issubdtype(ref.dtype, jnp.floating) else 0  # Triton has no cast from integers to 8-bit floats
+    return plgpu.load(ref.at[index], mask=mask, other=None if mask is None else zero)
 
 
 def columns(piece: tuple[int, int]) -> jax.Array:

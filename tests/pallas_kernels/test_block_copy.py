@@ -1,54 +1,69 @@
-"""Moves of whole blocks against NumPy."""
+"""Moves of whole blocks against NumPy: every implementation, pools of every kind."""
+
+import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.paged_attention import QuantizedKV
 
-NUM_BLOCKS, SHAPE = 12, (2, 3, 4, 5)
+NUM_BLOCKS = 12
+POOLS = {  # shapes and dtypes of a layer's arrays
+    "float32": [((2, 3, 4, 5), "float32")],
+    "bfloat16, two programs": [((2, 3, 16, 40), "bfloat16")],
+    "int8 with scales": [((2, 3, 4, 16), "int8"), ((2, 3, 4), "float32")],
+    "e4m3 with scales": [((2, 2, 8, 24), "float8_e4m3fn"), ((2, 2, 8), "float32")],
+}
+RUNS = [(pool, implementation) for pool in POOLS for implementation in ("xla", "triton")]
 
 
-def pool_and_values(dtype=np.float32, layers=3):
+def pool_and_values(kind, layers=3):
+    """A pool of noise, and the same as NumPy arrays."""
     rng = np.random.default_rng(0)
-    values = [rng.normal(size=(NUM_BLOCKS, *SHAPE)).astype(dtype) for _ in range(layers)]
-    return tuple(jax.numpy.asarray(v) for v in values), [v.copy() for v in values]
+    pool = []
+    for _ in range(layers):
+        arrays = [jnp.asarray(10 * rng.normal(size=(NUM_BLOCKS, *shape)), dtype) for shape, dtype in POOLS[kind]]
+        pool.append(arrays[0] if len(arrays) == 1 else QuantizedKV(*arrays))
+    return tuple(pool), [np.array(leaf) for leaf in jax.tree.leaves(pool)]
 
 
-copy = jax.jit(copy_blocks, donate_argnums=0)
-
-
-@pytest.mark.parametrize("count", [0, 1, 3, 5])
-def test_copy(count):
+@pytest.mark.parametrize(("kind", "implementation"), RUNS)
+@pytest.mark.parametrize("count", [0, 3, 5])
+def test_copy(kind, implementation, count):
     """Only the first `count` are real; what stands behind them is not even looked at."""
-    pool, expected = pool_and_values()
+    pool, expected = pool_and_values(kind)
     sources = np.array([4, 4, 9, 1, 4], np.int32)  # one block may have many copies
     destinations = np.array([2, 3, 5, 7, 11], np.int32)
-    for layer in expected:
-        layer[destinations[:count]] = layer[sources[:count]]
-    pointers = [layer.unsafe_buffer_pointer() for layer in pool]
+    for values in expected:
+        values[destinations[:count]] = values[sources[:count]]
+    copy = jax.jit(functools.partial(copy_blocks, implementation=implementation), donate_argnums=0)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)]
     pool = copy(pool, sources, destinations, np.int32(count))
-    assert [layer.unsafe_buffer_pointer() for layer in pool] == pointers, "in place"
-    for layer, values in zip(pool, expected, strict=True):
-        np.testing.assert_array_equal(layer, values)
+    if implementation == "xla":
+        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)] == pointers, "in place"
+    for leaf, values in zip(jax.tree.leaves(pool), expected, strict=True):
+        np.testing.assert_array_equal(leaf, values)
 
 
-def test_copy_of_a_bfloat16_pool():
-    pool, _ = pool_and_values(jax.numpy.bfloat16)
-    before = [np.asarray(layer[3]) for layer in pool]
-    pool = copy(pool, np.array([3], np.int32), np.array([8], np.int32), np.int32(1))
-    for layer, values in zip(pool, before, strict=True):
-        np.testing.assert_array_equal(np.asarray(layer[8]), values)
-
-
-def test_gather_and_scatter():
-    pool, expected = pool_and_values()
+@pytest.mark.parametrize(("kind", "implementation"), RUNS)
+def test_gather_and_scatter(kind, implementation):
+    pool, expected = pool_and_values(kind)
     blocks = np.array([5, 2, 9, 0, 0], np.int32)
-    contents = jax.jit(gather_blocks)(pool, blocks)
-    for layer, values in zip(contents, expected, strict=True):
-        np.testing.assert_array_equal(layer, values[blocks])
+    contents = jax.jit(functools.partial(gather_blocks, implementation=implementation))(pool, blocks)
+    assert jax.tree.structure(contents) == jax.tree.structure(pool)
+    for leaf, values in zip(jax.tree.leaves(contents), expected, strict=True):
+        np.testing.assert_array_equal(leaf, values[blocks])
     targets = np.array([1, 11, 2, 0, 0], np.int32)
-    pool = jax.jit(scatter_blocks)(pool, targets, contents)
-    for layer, values in zip(pool, expected, strict=True):
+    pool = jax.jit(functools.partial(scatter_blocks, implementation=implementation))(pool, targets, contents)
+    for leaf, values in zip(jax.tree.leaves(pool), expected, strict=True):
         values[targets[:3]] = values[blocks[:3]]
-        np.testing.assert_array_equal(layer[1:], values[1:])
+        np.testing.assert_array_equal(leaf[1:], values[1:])
+
+
+def test_an_implementation_that_is_not_there():
+    pool, _ = pool_and_values("float32")
+    with pytest.raises(ValueError, match="no implementation 'cuda'"):
+        gather_blocks(pool, np.array([1], np.int32), implementation="cuda")

@@ -6,7 +6,8 @@ import jax
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels.paged_attention import paged_decode_attention, paged_prefill_attention, pool_shape
+from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
+from pallas_kernels.paged_attention import QuantizedKV, paged_decode_attention, paged_prefill_attention, pool_shape
 
 GPU = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda"))
 OPTIONS = {"scale": 0.1, "return_lse": True, "logit_soft_cap": 5.0, "sliding_window": 100}
@@ -22,7 +23,7 @@ def kernels_in(function, *avals) -> int:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
 def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
-    monkeypatch.delenv("JPAGED_ATTENTION", raising=False)
+    monkeypatch.delenv("JPAGED_KERNELS", raising=False)
     aval, rows, group = jax.ShapeDtypeStruct, 4, 3
     kv = aval(pool_shape(100, 16, 2, size), dtype)
     tables, row = aval((rows, 100), "int32"), aval((rows,), "int32")
@@ -33,8 +34,29 @@ def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
 
 
 def test_a_head_size_without_a_kernel_falls_back(monkeypatch):
-    monkeypatch.delenv("JPAGED_ATTENTION", raising=False)
+    monkeypatch.delenv("JPAGED_KERNELS", raising=False)
     aval = jax.ShapeDtypeStruct
     kv, row = aval(pool_shape(10, 16, 2, 33), "float32"), aval((4,), "int32")
     decode = functools.partial(paged_decode_attention, scale=0.1)
     assert kernels_in(decode, aval((4, 6, 33), "float32"), kv, aval((4, 8), "int32"), row) == 0
+
+
+@pytest.mark.parametrize("pool", ["int8", "float8_e4m3fn"])
+def test_attention_over_a_quantised_pool(pool, monkeypatch):
+    monkeypatch.delenv("JPAGED_KERNELS", raising=False)
+    aval, shape = jax.ShapeDtypeStruct, pool_shape(100, 16, 2, 64)
+    kv = QuantizedKV(aval(shape, pool), aval(shape[:-1], "float32"))
+    tables, row = aval((4, 100), "int32"), aval((4,), "int32")
+    decode = functools.partial(paged_decode_attention, **OPTIONS)
+    assert kernels_in(decode, aval((4, 6, 64), "bfloat16"), kv, tables, row) == 2
+
+
+def test_moves_of_blocks_are_one_kernel(monkeypatch):
+    monkeypatch.delenv("JPAGED_KERNELS", raising=False)
+    aval, shape = jax.ShapeDtypeStruct, pool_shape(100, 16, 2, 40)
+    layer = QuantizedKV(aval(shape, "float8_e4m3fn"), aval(shape[:-1], "float32"))
+    pool, blocks = (layer, aval(shape, "bfloat16")), aval((8,), "int32")
+    contents = jax.tree.map(lambda kv: aval((8, *kv.shape[1:]), kv.dtype), pool)
+    assert kernels_in(copy_blocks, pool, blocks, blocks, aval((), "int32")) == 1
+    assert kernels_in(gather_blocks, pool, blocks) == 1
+    assert kernels_in(scatter_blocks, pool, blocks, contents) == 1

@@ -272,7 +272,7 @@ def test_implementations_by_name(monkeypatch):
         decode(made, implementation="cuda")
     with pytest.raises(ValueError, match="no head size 33"):
         decode(made, implementation="triton")
-    monkeypatch.setenv("JPAGED_ATTENTION", "triton")
+    monkeypatch.setenv("JPAGED_KERNELS", "triton")
     with pytest.raises(ValueError, match="no head size 33"):
         decode(made)
     decode(made, implementation="xla")  # the argument comes before the environment

@@ -9,7 +9,7 @@ import os
 
 import jax
 
-ENVIRONMENT = "JPAGED_ATTENTION"
+ENVIRONMENT = "JPAGED_KERNELS"
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 
 
@@ -57,12 +57,12 @@ def current_device() -> Device:
 
 
 def requested(implementation: str | None) -> str:
-    """The argument, or else the environment's JPAGED_ATTENTION, or else "auto".
+    """The argument, or else the environment's JPAGED_KERNELS, or else "auto".
 
     Raises:
       ValueError: there is no such implementation.
     """
     name = implementation or os.environ.get(ENVIRONMENT) or "auto"
     if name not in IMPLEMENTATIONS:
-        raise ValueError(f"no implementation {name!r} of paged attention: take one of {', '.join(IMPLEMENTATIONS)}")
+        raise ValueError(f"no implementation {name!r}: take one of {', '.join(IMPLEMENTATIONS)}")
     return name

@@ -1,0 +1,56 @@
+"""The compile report: what it reads out of the compilers' words, and, where they are installed, one kernel of each kind."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import deviceless
+from benchmarks.gpu.deviceless import Launch
+from benchmarks.gpu.targets import TARGETS
+
+ROOT = Path(__file__).parents[2]
+
+THUNKS = """001: kCustomKernel [source       | next=002 (1)] loop_add_fusion grid: [1, 1, 1] threads: [32, 1, 1]  shared_memory: 0 bytes
+002: kCopy         [prev=001 (1) | next=003 (1)] kCopy
+003: kWhile        [prev=002 (1) | sink        ]
+condition:
+    004: kCustomKernel [source | sink] paged_decode grid: [98, 8, 1] threads: [128, 1, 1]  shared_memory: 39168 bytes
+"""
+BUFFERS = """BufferAssignment:
+allocation 0: size 512, page 0, parameter 0, shape |f32[128]| at ShapeIndex {}:
+ value: <1 a @0> (size=512,offset=0): f32[128]{0}
+allocation 1: size 768, page 0, preallocated-temp:
+ value: <2 b @0> (size=256,offset=0): f32[64]{0}
+ value: <3 c @0> (size=512,offset=256): f32[128]{0}
+"""
+
+
+def test_launches_and_temporaries():
+    assert deviceless._launches(THUNKS) == [
+        Launch("loop_add_fusion", (1, 1, 1), 0),
+        Launch("kCopy"),
+        Launch("kWhile"),
+        Launch("paged_decode", (98, 8, 1), 39168),
+    ]
+    assert deviceless._temporaries(BUFFERS) == [256, 512]
+
+
+def test_architectures():
+    assert list(TARGETS) == ["sm_80", "sm_90a", "sm_100a"]
+    assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in TARGETS["sm_90a"].config()
+
+
+def test_the_command_says_what_it_lacks_or_passes():
+    """In a process of its own: here JAX may have started without the plugin."""
+    command = [sys.executable, "-m", "benchmarks.gpu.compile_report", "--case", "copy bf", "--target", "sm_90a"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    if deviceless.missing():
+        assert done.returncode == 2
+        assert "install the dependency group gpu-compile" in done.stderr
+        pytest.skip("the compilers are not installed")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "block_copy" in done.stdout
