@@ -15,9 +15,11 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jpaged.models.causal_lm import Capture
 from jpaged.models.layout import PagedLayout
+from jpaged.models.sharding import POOL, split
 from jpaged.runtime.sampler import logprobs
 from jpaged.scheduling.plan import Bucket, split_packed
 from pallas_kernels.block_copy import copy_blocks
@@ -64,7 +66,8 @@ def make_forward(
         decode_lane, prefill_lane, results, num_copies, pieces = split_packed(packed, bucket)
         plan = _Plan(*decode_lane, *prefill_lane, *results)
         null_row = tokens.shape[0] - 1
-        pool = copy_blocks(pool, plan.copy_sources, plan.copy_destinations, num_copies[0])
+        copy = split(copy_blocks, (POOL, P(), P(), P()), POOL)
+        pool = copy(pool, plan.copy_sources, plan.copy_destinations, num_copies[0])
         tables = _enter_blocks(tables, plan, block_size)
         offsets = jnp.arange(tile_size)
         real = offsets < plan.tile_lengths[:, None]  # [P, C]

@@ -4,6 +4,7 @@ Blocks move in chunks of a few fixed sizes, so that a handful of compiled progra
 """
 
 import dataclasses
+import functools
 import time
 
 import jax
@@ -46,8 +47,12 @@ class Swapper:
         self.block_bytes = block_bytes
         self.out, self.back = Traffic(), Traffic()
         self._here = sharding
-        self._gather = jax.jit(gather_blocks, out_shardings=sharding.with_memory_kind("pinned_host"))
-        self._scatter = jax.jit(scatter_blocks, donate_argnums=0, out_shardings=sharding)
+        # XLA divides its own moves over several devices; a kernel it would give the whole pool.
+        implementation = "xla" if len(sharding.device_set) > 1 else None
+        gather = functools.partial(gather_blocks, implementation=implementation)
+        scatter = functools.partial(scatter_blocks, implementation=implementation)
+        self._gather = jax.jit(gather, out_shardings=sharding.with_memory_kind("pinned_host"))
+        self._scatter = jax.jit(scatter, donate_argnums=0, out_shardings=sharding)
 
     def swap_out(self, pool: Pool, blocks: np.ndarray) -> list[Pool]:
         """The contents of blocks (int32 [n]) in host memory, in chunks."""
