@@ -15,6 +15,18 @@ _QUIET = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 _OTHER_FORMATS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    *_OTHER_FORMATS,
+)
+"""All files of a folder that make up its tokenizer and chat template."""
+
+
 def fast_tokenizer_class() -> "type[PreTrainedTokenizerFast]":
     """Imports `PreTrainedTokenizerFast` (0.6 s) without the advice to install PyTorch."""
     if "transformers" in sys.modules or _QUIET in os.environ:

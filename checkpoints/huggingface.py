@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
-from checkpoints.arrays import Task, copy_cast
+from checkpoints.arrays import DTYPES, Task, copy_cast
 from checkpoints.errors import (
     CheckpointNotFoundError,
     CorruptCheckpointError,
@@ -83,6 +84,12 @@ def params_from_folder(folder: Path, config: ModelConfig, target: Target) -> dic
         {name: tensor.shape for name, (_, tensor) in where.items() if not ignored.search(name)},
     )
     return read_params(wanted, target, partial(_tasks, where))
+
+
+def dtype_of_folder(folder: Path) -> np.dtype:
+    """The widest element type of the folder's tensors; float32 where that is wider or integers are among them."""
+    names = {tensor.dtype for path in _weight_files(folder) for tensor in SafetensorsFile(path).tensors.values()}
+    return {"BF16": DTYPES["bfloat16"], "F16": DTYPES["float16"]}.get("".join(names), DTYPES["float32"])
 
 
 def read_json(path: Path) -> dict[str, Any]:

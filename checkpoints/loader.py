@@ -11,7 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from checkpoints.arrays import Progress, as_dtype
+import numpy as np
+
+from checkpoints.arrays import DTYPES, Progress, as_dtype
 from checkpoints.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -57,7 +59,7 @@ class Checkpoint:
     params: dict[str, Any]
     """Flax Linen parameter tree (see `checkpoints.tables`): nested dict of C-contiguous NumPy arrays, aligned
     to 64 bytes so that `jax.device_put` takes them without a copy on CPU, and therefore read-only. JAX arrays
-    where `load(sharding=...)` said where they go; from Orbax always, on the default device if nothing was said."""
+    where `load(sharding=...)` said where they go."""
 
     tokenizer: "PreTrainedTokenizerBase | None"
     """Fast tokenizer with its chat template. None if there is none, or if it was not wanted."""
@@ -67,6 +69,9 @@ class Checkpoint:
 
     source: str
     """Where it was loaded from: a path."""
+
+    config_folder: Path | None = None
+    """Where its config.json and tokenizer are; None: not in a folder."""
 
 
 def load(
@@ -84,7 +89,8 @@ def load(
     Args:
         model: one of `SHORT_NAMES`, a .gguf file, a Hugging Face folder, an Orbax checkpoint or a folder with its
             steps (the latest is taken), or a hub id "org/name".
-        dtype: element type of all parameters: "float32", "bfloat16" or "float16".
+        dtype: element type of all parameters: "float32", "bfloat16", "float16", or "auto", that of the checkpoint
+            (the widest, if there are several; float32 for quantised ones).
         revision: branch, tag or commit of a hub id.
         tokenizer: folder, hub id or .gguf file of a tokenizer to use instead of the model's own.
         skip_tokenizer: load none; saves the import of transformers.
@@ -104,20 +110,21 @@ def load(
         HubUnavailableError: the hub cannot be reached or refuses; the message names the local alternatives.
         CheckpointError: anything else, and the base of all of the above.
     """
-    element_type = as_dtype(dtype)
+    element_type = None if dtype == "auto" else as_dtype(dtype)
     path = resolve(model, revision)
     with _one_family_of_errors(path):
         opened = _open_directory(path) if path.is_dir() else _open_gguf(path)
         # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
         built = None
         if not skip_tokenizer:
-            built = opened.tokenizer() if tokenizer is None else _other_tokenizer(tokenizer)
+            built = opened.tokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         return Checkpoint(
             config=opened.config,
-            params=opened.params(Target(element_type, as_sharding_of(sharding), progress)),
+            params=opened.params(Target(element_type or opened.dtype(), as_sharding_of(sharding), progress)),
             tokenizer=built,
             generation_config=opened.generation_config,
             source=str(path),
+            config_folder=opened.folder,
         )
 
 
@@ -149,6 +156,10 @@ class _Opened(NamedTuple):
     generation_config: dict[str, Any]
     tokenizer: "Callable[[], PreTrainedTokenizerBase | None]"
     params: Callable[[Target], dict[str, Any]]
+    dtype: Callable[[], np.dtype]
+    """Element type that keeps every bit of the parameters."""
+    folder: Path | None
+    """Where its config.json is, if it has one."""
 
 
 def _open_gguf(path: Path) -> _Opened:
@@ -168,30 +179,33 @@ def _open_gguf(path: Path) -> _Opened:
         "eos_token_id": list(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
     }
-    return _Opened(config, generation, partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config))
+    tokenizer, params = partial(tokenizer_from_gguf, file), partial(params_from_gguf, file, config)
+    return _Opened(config, generation, tokenizer, params, lambda: DTYPES["float32"], None)
 
 
 def _open_directory(path: Path) -> _Opened:
-    from checkpoints.orbax import config_folder, find_checkpoint, params_from_orbax
+    from checkpoints.orbax import OrbaxParams, config_folder, find_checkpoint
 
     checkpoint = find_checkpoint(path)
     if checkpoint is None:
         return _open_folder(path)
     opened = _open_folder(config_folder(checkpoint))
-    return opened._replace(params=partial(params_from_orbax, checkpoint, opened.config))
+    params = OrbaxParams(checkpoint, opened.config)
+    return opened._replace(params=params.read, dtype=params.dtype)
 
 
 def _open_folder(path: Path) -> _Opened:
     from checkpoints.hf_tokenizer import has_tokenizer, tokenizer_from_folder
-    from checkpoints.huggingface import config_from_folder, params_from_folder
+    from checkpoints.huggingface import config_from_folder, dtype_of_folder, params_from_folder
 
     config, generation = config_from_folder(path)
     tokenizer = partial(tokenizer_from_folder, path) if has_tokenizer(path) else lambda: None
-    return _Opened(config, generation, tokenizer, partial(params_from_folder, path, config))
+    params, dtype = partial(params_from_folder, path, config), partial(dtype_of_folder, path)
+    return _Opened(config, generation, tokenizer, params, dtype, path)
 
 
-def _other_tokenizer(tokenizer: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
-    """The tokenizer that the user named instead of the model's own: of a folder, a hub id or a GGUF file."""
+def load_tokenizer(tokenizer: str | os.PathLike[str]) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a folder, a hub id, a GGUF file or a short name. Raises as `load` does."""
     path = resolve(tokenizer)
     if path.is_dir():
         from checkpoints.hf_tokenizer import tokenizer_from_folder

@@ -1,31 +1,63 @@
-"""An Orbax directory that holds a Linen parameter tree -> configuration and parameter tree.
+"""An Orbax directory that holds a parameter tree, in whatever layout -> configuration and parameter tree.
 
 The tree may be saved bare, as `params` of a Linen `TrainState`, or as an NNX state whose leaves end in `value`; by
-`CheckpointManager`, `StandardCheckpointer`, `PyTreeCheckpointer` or Orbax v1. Only the parameters are read. What Orbax
-does not know, jpaged takes from a Hugging Face `config.json` in the directory or in one of the two above it.
+`CheckpointManager`, `StandardCheckpointer`, `PyTreeCheckpointer` or Orbax v1; it may be ours, MaxText's, Tunix's or
+DeepMind gemma's (`checkpoints.layout_tables`). Only the parameters are read. What Orbax does not know, jpaged takes
+from a Hugging Face `config.json` in the directory or in one of the two above it.
 """
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from checkpoints.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedCheckpointError
+from checkpoints.arrays import DTYPES, Meter, aligned_arrays
+from checkpoints.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedCheckpointError,
+)
+from checkpoints.layout_tables import ANCHORS, detect
+from checkpoints.layouts import Layout, Link, Same, by_key, stored_shapes
 from checkpoints.leaves import check_tensors
-from checkpoints.placement import Target, held_bytes
-from checkpoints.tables import leaves_of
+from checkpoints.placement import Index, Target, held_bytes, place
 from jpaged.models.config import ModelConfig
 
 _MARK = "_CHECKPOINT_METADATA"
 _ITEM = "_METADATA"
-_WRAPPERS = {"params", "model", "base", "state", "model_params"}
+_WRAPPERS = {"params", "model", "base", "state", "model_params", "transformer"}
 """What a parameter tree may be wrapped in; optimizer states hold trees that look the same."""
+
+_BESIDE = {"rngs", "vision_encoder", "SigLiPFromPatches_0"}
+"""What may lie in a parameter tree that is no part of a language model."""
+
+_FUSED = ("gating_einsum", "linear")  # DeepMind's flat trees have another `w` below these
 
 Keys = tuple[Any, ...]
 """Keys from the root of a tree to a leaf."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array of a checkpoint."""
+
+    keys: Keys
+    """Where it is, in Orbax's tree."""
+
+    shape: tuple[int, ...]
+    """Its shape."""
+
+    dtype: np.dtype
+    """Its element type."""
 
 
 def find_checkpoint(path: Path) -> Path | None:
@@ -52,39 +84,113 @@ def config_folder(checkpoint: Path) -> Path:
     )
 
 
-def params_from_orbax(checkpoint: Path, config: ModelConfig, target: Target) -> dict[str, Any]:
-    """Reads the parameters, cast on the way, to where they go; onto the default device if nothing is said.
+class OrbaxParams:
+    """The parameters of a model in an Orbax checkpoint.
 
-    Returns:
-        Nested dict of JAX arrays of `dtype`: the tree of `checkpoints.tables`.
-
-    Raises:
-        CorruptCheckpointError: Orbax cannot read it.
-        UnsupportedCheckpointError: there is no parameter tree of ours in it.
-        MissingWeightsError: its parameters are not those that `config` asks for.
+    Attributes:
+        layout_name: what kind of tree it is.
     """
-    stored = _metadata(checkpoint)
-    wanted = {leaf.path: leaf.spec.shape for leaf in leaves_of(config)}
-    prefix = _find_params(checkpoint, stored, next(iter(wanted)))
-    ours = {_normal(path[len(prefix) :]): path for path in stored if path[: len(prefix)] == prefix}
-    check_tensors(
-        str(checkpoint),
-        {"/".join(path): shape for path, shape in wanted.items()},
-        {"/".join(path): stored[whole] for path, whole in ours.items()},
-    )
-    shardings = {ours[path]: target.sharding_of(path, shape) for path, shape in wanted.items()}
-    loaded = _load(checkpoint, {ours[path]: shape for path, shape in wanted.items()}, target.dtype, shardings)
-    params: dict[str, Any] = {}
-    for path in wanted:
-        _put(params, path, _get(loaded, ours[path]))
-    if target.progress is not None:
-        total = sum(held_bytes(shape, target.dtype) for shape in wanted.values())
-        target.progress(total, total, checkpoint.name)
-    return params
+
+    def __init__(self, checkpoint: Path, config: ModelConfig) -> None:
+        self._checkpoint, self._config = checkpoint, config
+
+    @cached_property
+    def _opened(self) -> tuple[str, Layout, Mapping[tuple[str, ...], Stored]]:
+        """The layout's name, its table, and what is stored under its keys."""
+        stored = _below_anchor(self._checkpoint, _metadata(self._checkpoint))
+        name, layout = detect(self._config, {key: array.shape for key, array in stored.items()})
+        found = {key: array.shape for key, array in stored.items()}
+        for link in layout:
+            if link.padded is not None and link.key in found:
+                whole, shape = stored_shapes([link])[link.key], list(found[link.key])
+                if len(shape) == len(whole):
+                    shape[link.padded] = min(shape[link.padded], whole[link.padded])
+                found[link.key] = tuple(shape)
+        check_tensors(
+            f"{self._checkpoint} ({name})",
+            {"/".join(key): shape for key, shape in stored_shapes(layout).items()},
+            {"/".join(key): shape for key, shape in found.items()},
+        )
+        return name, layout, stored
+
+    @property
+    def layout_name(self) -> str:
+        return self._opened[0]
+
+    def dtype(self) -> np.dtype:
+        """The commonest element type of the parameters whose values are stored as they are."""
+        _, layout, stored = self._opened
+        bytes_of: Counter[np.dtype] = Counter()
+        for link in layout:
+            if link.value == Same():
+                bytes_of[stored[link.key].dtype] += held_bytes(link.shape, stored[link.key].dtype)
+        [(dtype, _)] = bytes_of.most_common(1)
+        return dtype if dtype in DTYPES.values() else DTYPES["float32"]
+
+    def read(self, target: Target) -> dict[str, Any]:
+        """Reads the parameters, cast on the way, to where they go: a few arrays at a time, the largest first.
+
+        Returns:
+            Nested dict of arrays, see `Checkpoint.params`.
+
+        Raises:
+            CorruptCheckpointError: Orbax cannot read it.
+            UnsupportedCheckpointError: there is no parameter tree in it that jpaged knows.
+            MissingWeightsError: its parameters are not those that the configuration asks for.
+        """
+        (_, layout, stored), native = self._opened, self.dtype()
+        meter = Meter(sum(held_bytes(link.shape, target.dtype) for link in layout), target.progress)
+        groups, made = by_key(layout), {}
+        for batch in _batches({key: stored[key] for key in groups}):
+            arrays = _load(self._checkpoint, [stored[key] for key in batch])
+            for key in batch:
+                theirs = arrays.pop(stored[key].keys)
+                for link in groups[key]:
+                    made[link.path] = _make(link, theirs, native, target)
+                    meter.advance(held_bytes(link.shape, target.dtype), "/".join(link.path))
+        params: dict[str, Any] = {}
+        for link in layout:
+            _put(params, link.path, made[link.path])
+        return params
 
 
-def _metadata(checkpoint: Path) -> dict[Keys, tuple[int, ...]]:
-    """Path -> shape of everything that is stored."""
+def _make(link: Link, theirs: NDArray, native: np.dtype, target: Target) -> Any:
+    """One parameter, on the host or on its devices."""
+    sharding = target.sharding_of(link.path, link.shape)
+    if sharding is not None and link.value == Same():
+        view = link.view(theirs)
+
+        def fill(index: Index, part: NDArray) -> None:
+            np.copyto(part, view[index], casting="unsafe")
+
+        return place(link.shape, target.dtype, sharding, fill)
+    [ours] = aligned_arrays([link.shape], target.dtype)
+    link.decode(theirs, ours, native)
+    if sharding is not None:
+        return place(link.shape, target.dtype, sharding, lambda index, part: np.copyto(part, ours[index]))
+    ours.flags.writeable = False
+    return ours
+
+
+def _batches(stored: Mapping[tuple[str, ...], Stored]) -> Iterator[list[tuple[str, ...]]]:
+    """Keys in the order of falling size, in batches of a sixteenth of all bytes, or of one larger array.
+
+    What is read is held twice until its parameters are made. So the large arrays are read while little is there yet.
+    """
+    sizes = {key: prod(array.shape) * array.dtype.itemsize for key, array in stored.items()}
+    budget, held = sum(sizes.values()) // 16, 0
+    batch: list[tuple[str, ...]] = []
+    for key in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        if batch and held + sizes[key] > budget:
+            yield batch
+            batch, held = [], 0
+        batch.append(key)
+        held += sizes[key]
+    yield batch
+
+
+def _metadata(checkpoint: Path) -> list[Stored]:
+    """Everything that is stored."""
     from orbax.checkpoint import v1
 
     try:
@@ -92,18 +198,19 @@ def _metadata(checkpoint: Path) -> dict[Keys, tuple[int, ...]]:
             tree = v1.metadata(checkpoint.absolute()).metadata
     except Exception as error:  # whatever Orbax, TensorStore and json raise
         raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read its metadata ({_first_line(error)})") from error
-    return {path: tuple(leaf.shape) for path, leaf in _flatten(tree) if getattr(leaf, "shape", None) is not None}
+    arrays = [(path, leaf) for path, leaf in _flatten(tree) if getattr(leaf, "shape", None) is not None]
+    if not arrays:
+        raise CorruptCheckpointError(f"{checkpoint}: Orbax finds no arrays in it; was it saved to the end?")
+    return [Stored(path, tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in arrays]
 
 
-def _load(checkpoint: Path, shapes: dict[Keys, tuple[int, ...]], dtype: np.dtype, shardings: dict[Keys, Any]) -> Any:
-    """Reads the named leaves and nothing else."""
-    import jax
+def _load(checkpoint: Path, wanted: Sequence[Stored]) -> dict[Keys, NDArray]:
+    """Reads some arrays and nothing else."""
     from orbax.checkpoint import v1
 
     abstract: dict[Any, Any] = {}
-    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for path, shape in shapes.items():
-        _put(abstract, path, jax.ShapeDtypeStruct(shape, dtype, sharding=shardings[path] or default))
+    for array in wanted:  # a NumPy array asks for a NumPy array; this one takes no memory
+        _put(abstract, array.keys, np.broadcast_to(np.zeros((), array.dtype), array.shape))
     context = v1.Context()
     context.pytree.loading.partial_load = True
     try:
@@ -111,33 +218,42 @@ def _load(checkpoint: Path, shapes: dict[Keys, tuple[int, ...]], dtype: np.dtype
             loaded = v1.load(checkpoint.absolute(), abstract)
     except Exception as error:  # as above
         raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read it ({_first_line(error)})") from error
+    found = {array.keys: _get(loaded, array.keys) for array in wanted}
     # Under partial loading a leaf that is missing comes back as it was asked for, without an error.
-    hollow = ["/".join(map(str, path)) for path in shapes if not isinstance(_get(loaded, path), jax.Array)]
+    hollow = [keys for keys, array in found.items() if type(array) is not np.ndarray or 0 in array.strides]
     if hollow:
-        raise CorruptCheckpointError(f"{checkpoint}: Orbax did not read {', '.join(hollow)}")
-    return loaded
-
-
-def _find_params(checkpoint: Path, stored: dict[Keys, tuple[int, ...]], first: tuple[str, ...]) -> Keys:
-    """The path of the parameter tree, by where its first leaf is."""
-    found = []
-    for path in stored:
-        bare = _normal(path)
-        if bare[-len(first) :] == first and _WRAPPERS.issuperset(bare[: -len(first)]):
-            found.append(path[: len(bare) - len(first)])
-    if not found:
-        tops = ", ".join(sorted({str(path[0]) for path in stored})) or "nothing"
-        raise UnsupportedCheckpointError(
-            f"{checkpoint}: there is no {'/'.join(first)} at its root or under {', '.join(sorted(_WRAPPERS))}; "
-            f"it holds {tops}. It must be the parameter tree of a module of jpaged.models"
+        raise CorruptCheckpointError(
+            f"{checkpoint}: Orbax did not read {', '.join('/'.join(map(str, keys)) for keys in hollow)}"
         )
-    return min(found, key=len)
+    return found
 
 
-def _normal(path: Keys) -> tuple[str, ...]:
-    """As strings, without the `value` that an NNX state ends its paths with."""
-    keys = tuple(map(str, path))
-    return keys[:-1] if keys[-1:] == ("value",) else keys
+def _below_anchor(checkpoint: Path, stored: Sequence[Stored]) -> dict[tuple[str, ...], Stored]:
+    """The arrays of the parameter tree by their paths in it; it is found by where its embedding is."""
+    prefixes = set()
+    for array in stored:
+        bare = _normal(array.keys)
+        for anchor in ANCHORS:
+            if bare[-len(anchor) :] == anchor and _WRAPPERS.issuperset(bare[: -len(anchor)]):
+                prefixes.add(bare[: -len(anchor)])
+    if not prefixes:
+        tops = ", ".join(sorted({str(array.keys[0]) for array in stored if array.keys})) or "nothing"
+        raise UnsupportedCheckpointError(
+            f"{checkpoint}: there is no {', '.join(map('/'.join, ANCHORS))} at its root or under "
+            f"{', '.join(sorted(_WRAPPERS))}; it holds {tops}. jpaged reads the parameter trees of its own modules, of "
+            "MaxText, Tunix and DeepMind gemma"
+        )
+    prefix = min(prefixes, key=len)
+    below = {_normal(array.keys): array for array in stored}
+    tree = {path[len(prefix) :]: array for path, array in below.items() if path[: len(prefix)] == prefix}
+    return {path: array for path, array in tree.items() if not _BESIDE & set(path)}
+
+
+def _normal(keys: Keys) -> tuple[str, ...]:
+    """As strings, split at slashes, without the `value` of NNX states and the `w` of DeepMind's flat trees."""
+    path = tuple(part for key in keys for part in str(key).split("/"))
+    path = path[:-1] if path[-1:] == ("value",) else path
+    return path[:-1] if path[-1:] == ("w",) and path[-2:-1] and path[-2] in _FUSED else path
 
 
 def _flatten(tree: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
@@ -177,3 +293,21 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def save_tree(folder: Path, arrays: Mapping[Keys, Any]) -> None:
+    """Writes an Orbax v1 checkpoint of a nested dict, given as keys -> array, NumPy or JAX.
+
+    Raises:
+        CheckpointError: Orbax cannot write it.
+    """
+    from orbax.checkpoint import v1
+
+    tree: dict[Any, Any] = {}
+    for keys, array in arrays.items():
+        _put(tree, keys, array)
+    try:
+        with _quiet():
+            v1.save(folder.absolute(), tree)
+    except Exception as error:  # whatever Orbax and TensorStore raise
+        raise CheckpointError(f"{folder}: Orbax cannot write it ({_first_line(error)})") from error

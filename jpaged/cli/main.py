@@ -18,6 +18,7 @@ from jpaged.cli.bench.startup import Startup
 from jpaged.cli.bench.throughput import Throughput
 from jpaged.cli.chat import Chat
 from jpaged.cli.collect_env import CollectEnv
+from jpaged.cli.convert import Convert
 from jpaged.cli.flags import named
 from jpaged.cli.generate import Generate
 from jpaged.cli.serve import Serve
@@ -37,6 +38,7 @@ COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("bench", "throughput"): Throughput,
     ("bench", "latency"): Latency,
     ("bench", "startup"): Startup,
+    ("convert",): Convert,
     ("collect-env",): CollectEnv,
 }
 CHOICE: Any = (
@@ -44,6 +46,7 @@ CHOICE: Any = (
     | named(Chat, "chat")
     | named(Serve, "serve")
     | named(Bench, "bench")
+    | named(Convert, "convert")
     | named(CollectEnv, "collect-env")
 )
 DESCRIPTION = """PagedAttention and continuous batching in pure JAX.

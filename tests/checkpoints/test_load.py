@@ -1,5 +1,6 @@
 """`checkpoints.load` as its users see it: names, errors, progress, the demo model."""
 
+import json
 import os
 import resource
 import shutil
@@ -8,12 +9,15 @@ import sys
 import time
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from checkpoint_files import GOLDENS, tiny_llama
 
 import checkpoints
 from checkpoints import CheckpointError, CheckpointNotFoundError, UnsupportedCheckpointError, load, loader
+from checkpoints.tables import leaves_of
+from jpaged.models.config import config_from_hf
 
 LLAMA = GOLDENS / "models" / "llama"
 
@@ -173,6 +177,45 @@ print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     before, peak = map(int, result.stdout.split())
     unit = 1 if sys.platform == "darwin" else 1024
     assert (peak - before) * unit < 1.3 * 2 * 134_515_008, result.stderr
+
+
+@pytest.mark.parametrize("format", ["safetensors", "orbax", "maxtext-scanned"])
+@pytest.mark.parametrize("placed", [False, True])
+def test_peak_memory_in_every_format(format, placed, tmp_path_factory, big_llama):
+    """A made model of 260 MB, read to the host and placed on a device, by a process of its own."""
+    folder = tmp_path_factory.mktemp("big")
+    checkpoints.convert(big_llama, folder / "x", format=format)
+    code = f"""
+import resource, sys, jax, numpy as np, checkpoints, checkpoints.orbax
+from orbax.checkpoint import v1
+sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0]) if {placed} else None
+checkpoints.load({str(LLAMA)!r}, skip_tokenizer=True, sharding=sharding)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+params = checkpoints.load({str(folder / "x")!r}, dtype="bfloat16", skip_tokenizer=True, sharding=sharding).params
+print(before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sum(x.nbytes for x in jax.tree.leaves(params)))
+"""
+    result = in_new_process(code)
+    before, peak, size = map(int, result.stdout.split())
+    assert size > 250e6
+    assert (peak - before) * (1 if sys.platform == "darwin" else 1024) < 1.3 * size
+
+
+@pytest.fixture(scope="module")
+def big_llama(tmp_path_factory):
+    """A Llama of 130 M bfloat16 numbers."""
+    values = json.loads((LLAMA / "config.json").read_text())
+    values |= {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 12, "vocab_size": 8192}
+    values |= {"num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64}
+    params: dict = {}
+    draw = np.random.default_rng(0)
+    for leaf in leaves_of(config_from_hf(values)):
+        node = params
+        for key in leaf.path[:-1]:
+            node = node.setdefault(key, {})
+        node[leaf.path[-1]] = draw.random(leaf.spec.shape, np.float32).astype(ml_dtypes.bfloat16)
+    path = tmp_path_factory.mktemp("model") / "big"
+    checkpoints.save(path, values, params, format="safetensors")
+    return path
 
 
 def test_loading_again_and_again_does_not_grow(gguf):
