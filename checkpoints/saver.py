@@ -92,7 +92,7 @@ def whole_directory(path: Path, overwrite: bool) -> Iterator[Path]:
         CheckpointError: `path` exists and may not be replaced, or the file system refuses.
     """
     if path.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists; choose another name, or say that it may be overwritten")
+        raise CheckpointError(f"{path} exists; choose another name, or pass overwrite=True (--overwrite)")
     made, old = (path.parent / f".{path.name}.{kind}-{os.getpid()}" for kind in ("new", "old"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
