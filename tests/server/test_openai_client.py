@@ -16,7 +16,7 @@ GREEDY = {"temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}
 
 @pytest.fixture
 def offline(tiny):
-    return llm_of(tiny())
+    return llm_of(tiny(enable_prefix_caching=False))  # the server writes to the same pool: see `live`
 
 
 def params(**changes):
