@@ -1,6 +1,6 @@
 """The paper's systems on a real model: the same runner, weights and requests, one scheduler after the other.
 
-    python -m benchmarks.paper.executed --traces FOLDER [--output FILE.json] [--requests 96]
+    python -m benchmarks.paper.executed --traces FOLDER [--output FILE.json] [--requests 256]
 
 First the systems of figure 12a under overload: all requests wait from the start, greedy, outputs forced to their
 lengths, and what is measured ends when the last request has been admitted, so that the pool was never idle. Then what
@@ -149,7 +149,8 @@ def main() -> None:
     parser.add_argument("--traces", type=Path, required=True, help="folder of the traces (docs/paper.md names them)")
     parser.add_argument("--output", type=Path, help="results as JSON")
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--requests", type=int, default=128, help="for the systems; a third of them for sharing")
+    # Several times the largest batch: jpaged admits a pool full at once.
+    parser.add_argument("--requests", type=int, default=256, help="for the systems; a sixth of them for sharing")
     parser.add_argument("--scale", type=int, default=4, choices=(2, 4, 8), help="divides ShareGPT's lengths")
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 4, 6])
     args = parser.parse_args()
@@ -175,7 +176,7 @@ def main() -> None:
         for kind in ("parallel", "beam"):
             for n in args.widths:
                 load = make_load(
-                    data, args.traces, parts.tokenizer, max(args.requests // 3, 1), scale, n=n, beam=kind == "beam"
+                    data, args.traces, parts.tokenizer, max(args.requests // 6, 1), scale, n=n, beam=kind == "beam"
                 )
                 sharing[f"{data} {kind} {n}"], _ = execute(parts, config, "jpaged", load, queued=False)
                 print(f"{data} {kind} {n}: {sharing[f'{data} {kind} {n}']}", flush=True)
