@@ -311,8 +311,14 @@ def test_an_event_loop_that_goes_away_takes_its_requests_along(make):
     asyncio.run(main())
 
 
+def remains():
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o).__name__ in ("Stream", "SequenceGroup")]
+
+
 def test_many_requests_leave_nothing_behind(make):
-    llm = make()
+    llm, earlier = make(), remains()
+    others = set(map(id, earlier))  # of other tests, kept until the end so that no id is used again
 
     async def main():
         async def one(i):
@@ -324,8 +330,6 @@ def test_many_requests_leave_nothing_behind(make):
         for _ in range(4):
             await asyncio.gather(*(one(i) for i in range(50)))
         await llm.call(lambda engine: None)
-        gc.collect()
-        streams = [o for o in gc.get_objects() if type(o).__name__ in ("Stream", "SequenceGroup")]
-        assert len(streams) == 0
+        assert [o for o in remains() if id(o) not in others] == []
 
     asyncio.run(main())
