@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
+import checkpoints
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
@@ -92,20 +93,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
     checkpoint = source.load(dtype)
     limits = resolve_limits(config, checkpoint.config, dtype)
     checkpoint = dataclasses.replace(checkpoint, config=checkpoint.config.for_length(limits.max_model_len))
-    mesh = tensor_mesh(config.tensor_parallel_size, checkpoint.config)
-    if mesh is None:
-        params = jax.device_put(checkpoint.params)
-    else:
-        params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
-    runner = Runner(
-        source.module(checkpoint.config, dtype),
-        params,
-        checkpoint.config,
-        KVPoolSpec.of(checkpoint.config, dtype, 2, config.block_size, mesh),
-        max_num_seqs=limits.max_num_seqs,
-        max_model_len=limits.max_model_len,
-        tile_size=config.prefill_tile_size,
-    )
+    runner = _make_runner(config, source, checkpoint, limits)
     num_blocks = _num_blocks(config, limits, runner)
     runner.allocate(num_blocks)
     blocks = BlockManager(
@@ -144,6 +132,24 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
         scheduler=scheduler,
         runner=runner,
         to_linen=source.to_linen,
+    )
+
+
+def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.Checkpoint, limits: Limits) -> Runner:
+    """The device side, parameters in their places; its pool is still to be allocated."""
+    mesh = tensor_mesh(config.tensor_parallel_size, checkpoint.config)
+    if mesh is None:
+        params = jax.device_put(checkpoint.params)
+    else:
+        params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
+    return Runner(
+        source.module(checkpoint.config, limits.dtype),
+        params,
+        checkpoint.config,
+        KVPoolSpec.of(checkpoint.config, limits.dtype, 2, config.block_size, mesh),
+        max_num_seqs=limits.max_num_seqs,
+        max_model_len=limits.max_model_len,
+        tile_size=config.prefill_tile_size,
     )
 
 
