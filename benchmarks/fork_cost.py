@@ -47,7 +47,7 @@ class Forks:
             blocks.try_open([row], [self.tokens], salt=f"{row}")
             blocks.seal(row, self.tokens, length)
         llm = SimpleNamespace(engine=SimpleNamespace(blocks=blocks))
-        self.session = Session(llm, self.tokens, holder=Holder(blocks.park(1, length)))  # type: ignore[arg-type]
+        self.session = Session(llm, self.tokens, holder=Holder(blocks.parked.park(1, length)))  # type: ignore[arg-type]
 
     def beam(self, row: int) -> Callable[[], None]:
         self.blocks.fork(0, row)

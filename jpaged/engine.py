@@ -20,8 +20,8 @@ from jpaged.config import EngineConfig
 from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError
 from jpaged.output_processor import OutputProcessor
 from jpaged.outputs import RequestMetrics, RequestOutput
+from jpaged.request_limits import RequestLimits
 from jpaged.runtime.runner import StepResult
-from jpaged.runtime.state import MAX_BAD_SEQUENCES, MAX_BAD_WORD_TOKENS, MAX_SUPPRESSED
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.scheduling.beams import new_search
@@ -31,8 +31,6 @@ from jpaged.startup import Components, build
 from jpaged.structured import Grammars, masks_of
 from jpaged.tokenization import Prompt, encode_prompt
 
-MAX_CANDIDATES = 1024
-"""Continuations that a beam search looks at in a step."""
 InFlight = Literal["recompute", "continue", "abort"]
 """What becomes of unfinished requests when the weights change."""
 _SEED_MASK = (1 << 64) - 1
@@ -71,6 +69,9 @@ class LLMEngine:
         self.max_model_len = parts.max_model_len
         self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
         self._grammars: Grammars | None = None
+        self.limits = RequestLimits(
+            parts.model_config.vocab_size, parts.max_model_len, parts.eos_token_ids, parts.tokenizer
+        )
         self._outputs = OutputProcessor(self.tokenizer, self._stop)
         self._groups: dict[str, SequenceGroup] = {}
         self._arrivals = itertools.count()
@@ -118,8 +119,8 @@ class LLMEngine:
             raise InvalidRequestError('priority needs an engine with scheduling_policy="priority".')
         params = SamplingParams() if params is None else params
         text, tokens, salt = encode_prompt(prompt, self.tokenizer)
-        self.check_prompt(tokens)
-        self._check_params(params)
+        self.limits.check_prompt(tokens)
+        self.limits.check_params(params)
         if holder is not None and (params.num_sequences > 1 or params.use_beam_search):
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
         constraint = params.structured_outputs
@@ -207,7 +208,7 @@ class LLMEngine:
         if in_flight == "abort":
             self.abort(list(self._groups))
         elif in_flight == "recompute":
-            self.scheduler.preempt_all(swapped_too=True)
+            self.scheduler.preemption.preempt_all(swapped_too=True)
             for group in self._groups.values():
                 if group.wants_prompt_logprobs:
                     group.prompt_logprobs = None
@@ -261,7 +262,9 @@ class LLMEngine:
         try:
             self.runner.prepare(plan)
             for sequence in plan.admitted:
-                self.runner.admit(sequence, self.blocks.tables[sequence.row], self._bad_words(sequence.group.params))
+                self.runner.admit(
+                    sequence, self.blocks.tables[sequence.row], self.limits.bad_words(sequence.group.params)
+                )
             forward = self.runner.forward(plan)
             if plan.variant.structured:
                 # Grammars must know the tokens of the step before. They are advanced while the device is at this one.
@@ -273,7 +276,7 @@ class LLMEngine:
         except BaseException:
             # Planned and never computed: whoever counted on these keys and values must compute them anew.
             self._interrupted = True
-            self.scheduler.preempt_all()
+            self.scheduler.preemption.preempt_all()
             self.blocks.reset_prefix_cache()
             raise
         return outputs
@@ -331,58 +334,3 @@ class LLMEngine:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped at an earlier error: {self._failure}") from self._failure
-
-    def check_prompt(self, tokens: list[int]) -> None:
-        """Raises InvalidRequestError unless the tokens can be a prompt."""
-        vocab = self.model_config.vocab_size
-        if not tokens:
-            raise InvalidRequestError(
-                "the prompt is empty: there is nothing to continue from. Pass at least one token."
-            )
-        if len(tokens) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"the prompt has {len(tokens)} tokens, and with max_model_len={self.max_model_len} at most "
-                f"{self.max_model_len - 1} leave room for an answer: shorten it or raise max_model_len."
-            )
-        for token in tokens:
-            if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab:
-                raise InvalidRequestError(f"token id {token!r} lies outside the vocabulary [0, {vocab}).")
-
-    def _check_params(self, params: SamplingParams) -> None:
-        vocab = self.model_config.vocab_size
-        for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= vocab:
-                    raise InvalidRequestError(f"{name}: token id {token} lies outside the vocabulary [0, {vocab}).")
-        if (params.stop or params.bad_words) and self.tokenizer is None:
-            raise InvalidRequestError("stop strings and bad_words need a tokenizer, and this engine has none.")
-        stops = self.eos_token_ids | set(params.stop_token_ids)
-        if params.use_beam_search and params.num_sequences * (1 + len(stops)) > MAX_CANDIDATES:
-            raise InvalidRequestError(
-                f"{params.num_sequences} beams with {len(stops)} ways to end are too many: their product may be "
-                f"{MAX_CANDIDATES}. Use fewer stop_token_ids or fewer beams."
-            )
-        if len(stops) > MAX_SUPPRESSED:
-            raise InvalidRequestError(f"{len(stops)} stop tokens are too many; at most {MAX_SUPPRESSED}.")
-        words = self._bad_words(params)
-        if params.allowed_token_ids is not None:
-            left = set(params.allowed_token_ids) - {w[0] for w in words if len(w) == 1}
-            if not left - (stops if params.min_tokens else set()):
-                raise InvalidRequestError(
-                    "allowed_token_ids, bad_words and min_tokens together leave no token to generate."
-                )
-
-    def _bad_words(self, params: SamplingParams) -> list[list[int]]:
-        """The token sequences of the request's bad words, each with and without a leading space."""
-        sequences: list[list[int]] = []
-        for word in params.bad_words:
-            for text in dict.fromkeys((word, " " + word.lstrip())):
-                tokens = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids  # type: ignore[union-attr]
-                if len(tokens) > MAX_BAD_WORD_TOKENS:
-                    raise InvalidRequestError(
-                        f"bad word {word!r} is {len(tokens)} tokens long; at most "
-                        f"{MAX_BAD_WORD_TOKENS} are watched for."
-                    )
-                if tokens:
-                    sequences.append(tokens)
-        return sequences[:MAX_BAD_SEQUENCES]

@@ -174,7 +174,7 @@ class LLM:
         starts: list[int] = []
         for prompt, completion in zip(many, completions, strict=True):
             _, tokens, salt = encode_prompt(prompt, self.engine.tokenizer)
-            self.engine.check_prompt(tokens)
+            self.engine.limits.check_prompt(tokens)
             if isinstance(completion, str):
                 if self.engine.tokenizer is None:
                     raise InvalidRequestError("text needs a tokenizer, and this engine has none: use token ids.")
@@ -230,7 +230,7 @@ class LLM:
           InvalidRequestError: the prompt can't be served.
         """
         _, tokens, salt = encode_prompt(prompt, self.engine.tokenizer)
-        self.engine.check_prompt(tokens)
+        self.engine.limits.check_prompt(tokens)
         return Session(self, list(tokens), salt)
 
     def sample(

@@ -57,7 +57,7 @@ class Session:
     def fork(self, n: int = 1) -> list["Session"]:
         """n more sessions with the same tokens, over the same blocks."""
         table, blocks = self.open_holder.table, self._llm.engine.blocks
-        holders = [Holder(None if table is None else blocks.fork_parked(table)) for _ in range(n)]
+        holders = [Holder(None if table is None else blocks.parked.fork(table)) for _ in range(n)]
         return [Session(self._llm, self.token_ids, self.cache_salt, holder) for holder in holders]
 
     def append(self, tokens: str | Sequence[int]) -> None:
@@ -70,7 +70,7 @@ class Session:
         if isinstance(tokens, str):
             tokens = self._tokenizer.backend_tokenizer.encode(tokens, add_special_tokens=False).ids
         extended = [*self.token_ids, *tokens]
-        self._llm.engine.check_prompt(extended)
+        self._llm.engine.limits.check_prompt(extended)
         self.token_ids = extended
 
     def truncate(self, length: int) -> None:
@@ -81,7 +81,7 @@ class Session:
             )
         table = self.open_holder.table
         if table is not None:
-            self._llm.engine.blocks.truncate_parked(table, length)
+            self._llm.engine.blocks.parked.truncate(table, length)
         self.token_ids = self.token_ids[:length]  # a new list: forks share the old one
 
     def sample(self, params: SamplingParams | None = None) -> CompletionOutput:
@@ -129,7 +129,7 @@ class Session:
     def close(self) -> None:
         """Gives the blocks back. A closed session can't be used."""
         if self.holder is not None and self.holder.table is not None:
-            self._llm.engine.blocks.release_parked(self.holder.table)
+            self._llm.engine.blocks.parked.release(self.holder.table)
         self.holder = None
 
     @property

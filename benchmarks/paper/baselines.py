@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.paper.buddy import BuddyAllocator
 from jpaged.errors import InvalidRequestError
 from jpaged.memory import BlockManager
-from jpaged.memory.block_manager import Writes
+from jpaged.memory.row_tables import Writes
 from jpaged.scheduling import Scheduler, StepPlan, beams
 from jpaged.scheduling.admission import Admission
 from jpaged.scheduling.draft import Draft
@@ -101,7 +101,7 @@ class ReservingBlockManager(BlockManager):
             self._copies = [copy for copy in self._copies if copy[1] not in chunk]
             self.allocator.free_chunk(chunk[0])
         self.reserved_tokens[row] = 0
-        self._clear(row)
+        self.clear(row)
 
     def writes(self, rows: np.ndarray, positions: np.ndarray) -> Writes:
         self._filled[rows] = positions // self.block_size + 1
@@ -151,7 +151,9 @@ class OrcaScheduler(Scheduler):
     def __init__(self, *args, estimate: Estimate, longest: int, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.estimate, self.longest = estimate, longest
-        self._admission = ReservingAdmission(self)
+
+    def make_admission(self) -> Admission:
+        return ReservingAdmission(self)
 
     def reservation(self, group: SequenceGroup) -> int:
         """Tokens that each of a group's sequences reserves."""

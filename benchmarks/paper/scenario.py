@@ -17,7 +17,7 @@ from benchmarks.paper.cost import FASTER_TRANSFORMER, MODELS, VLLM_2023, CostMod
 from benchmarks.paper.memory_use import MemoryUse
 from benchmarks.paper.simulate import simulate
 from benchmarks.paper.systems import Settings, make_scheduler
-from jpaged.scheduling.scheduler import PreemptionMode
+from jpaged.scheduling.preemption import PreemptionMode
 
 SWAP_BYTES = 20 * 2**30
 """Host memory for swapped blocks, for each GPU."""

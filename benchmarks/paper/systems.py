@@ -21,7 +21,7 @@ from jpaged.outputs import RequestMetrics
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Bucket, Scheduler, StepPlan, beams
 from jpaged.scheduling.plan import make_buckets
-from jpaged.scheduling.scheduler import PreemptionMode
+from jpaged.scheduling.preemption import PreemptionMode
 from jpaged.sequence import Sequence, SequenceGroup
 
 SYSTEMS = ("ft", "orca-max", "orca-pow2", "orca-oracle", "jpaged")

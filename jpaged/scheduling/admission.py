@@ -9,7 +9,7 @@ import numpy as np
 from jpaged.memory import BlockManager
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.draft import Draft
-from jpaged.sequence import Sequence, SequenceGroup
+from jpaged.sequence import NO_ROW, Sequence, SequenceGroup
 
 
 class Admission:
@@ -43,7 +43,7 @@ class Admission:
         self._batch.seat(sequences)
         positions = self._open(group, heads, draft, reserve)
         wanted = sum(self._blocks.blocks_for(len(s.tokens)) for s in heads) + reserve
-        if positions is None and self._blocks.reclaim(wanted):  # parked tables were in the way, perhaps
+        if positions is None and self._blocks.parked.reclaim(wanted):  # parked tables were in the way, perhaps
             positions = self._open(group, heads, draft, reserve)
         if positions is None:
             for sequence in reversed(sequences):
@@ -59,11 +59,11 @@ class Admission:
     def _open(self, group: SequenceGroup, heads: list[Sequence], draft: Draft, reserve: int) -> list[int] | None:
         """Where each head begins to compute, once it has its blocks; None if they are short."""
         table = heads[0].parked_table  # a session's: the only sequence of its group
-        if table is not None and not self._blocks.can_resume(table, len(heads[0].tokens)):
-            self._blocks.release_parked(table)
+        if table is not None and not self._blocks.parked.can_resume(table, len(heads[0].tokens)):
+            self._blocks.parked.release(table)
             table = None
         if table is not None:
-            opened = self._blocks.try_unpark(table, heads[0].row, len(heads[0].tokens), reserve)
+            opened = self._blocks.parked.try_unpark(table, heads[0].row, len(heads[0].tokens), reserve)
             if opened is None:
                 return None
             position, copies = opened
@@ -117,8 +117,20 @@ class Admission:
             draft.rows = np.concatenate([draft.rows, rows])
             draft.new_blocks = np.concatenate([draft.new_blocks, np.zeros_like(rows)])
 
-    def forget(self, sequence: Sequence) -> None:
-        """A sequence has lost its row."""
+    def vacate(self, sequence: Sequence, *, park: bool = False) -> None:
+        """Takes a sequence's row and blocks, if it has any.
+
+        Args:
+          park: the blocks of a sequence that a session holds are parked instead of released.
+        """
+        if sequence.row == NO_ROW:
+            return
+        if park and sequence.holder is not None:
+            computed = min(int(self._batch.position[sequence.row]), len(sequence.tokens))
+            sequence.holder.table = self._blocks.parked.park(sequence.row, computed)
+        else:
+            self._blocks.close(sequence.row)
+        self._batch.vacate(sequence)
         self.followers.pop(sequence, None)
         if sequence in self.catching_up:
             self.catching_up.remove(sequence)

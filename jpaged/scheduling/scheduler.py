@@ -19,7 +19,6 @@ continues whom decides about blocks.
 """
 
 import time
-from typing import Literal
 
 import numpy as np
 
@@ -29,12 +28,11 @@ from jpaged.scheduling import beams
 from jpaged.scheduling.admission import Admission
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.draft import Draft
-from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile
+from jpaged.scheduling.plan import Bucket, Edits, StepPlan, Tile
+from jpaged.scheduling.preemption import Preemption, PreemptionMode
 from jpaged.scheduling.roster import Roster
 from jpaged.scheduling.sharing import SharingFinder
-from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup, Status
-
-PreemptionMode = Literal["auto", "swap", "recompute"]
+from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup
 
 
 class Scheduler:
@@ -68,18 +66,18 @@ class Scheduler:
         self.tile_size = tile_size
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_tiles = max(b.prefill_tiles for b in buckets)
-        self.swap_space = SwapSpace(blocks, swap_blocks)
-        self.preemption_mode = preemption_mode
         self.batch = Batch(blocks.tables.shape[0])
         self._all_rows = np.arange(blocks.tables.shape[0])
         self.roster = Roster()
-        self.num_preemptions = 0
-        self.num_swaps_out = 0  # groups
-        self.num_swaps_in = 0
-        self.tokens_lost = 0  # computed tokens that preemptions threw away
-        self._admission = Admission(blocks, self.batch)
+        self._admission = self.make_admission()
+        self.swap_space = SwapSpace(blocks, swap_blocks)
+        self.preemption = Preemption(blocks, self.batch, self.roster, self._admission, self.swap_space, preemption_mode)
         self._edits = Edits()  # decided by the last commit
         self.sharing = SharingFinder(blocks)
+
+    def make_admission(self) -> Admission:
+        """How groups get rows and blocks; for schedulers that reserve them otherwise."""
+        return Admission(self.blocks, self.batch)
 
     @property
     def has_work(self) -> bool:
@@ -103,6 +101,25 @@ class Scheduler:
         return len(self.roster.swapped)
 
     @property
+    def num_preemptions(self) -> int:
+        return self.preemption.num_preemptions
+
+    @property
+    def num_swaps_out(self) -> int:
+        """Groups that left for host memory."""
+        return self.preemption.num_swaps_out
+
+    @property
+    def num_swaps_in(self) -> int:
+        """Groups that came back from there."""
+        return self.preemption.num_swaps_in
+
+    @property
+    def tokens_lost(self) -> int:
+        """Computed tokens that preemptions threw away."""
+        return self.preemption.tokens_lost
+
+    @property
     def needs_results(self) -> bool:
         """Whether the next step can't be planned before the results of the last one are known."""
         return any(variant.num_beam_candidates for variant in self.roster.variants)
@@ -122,7 +139,7 @@ class Scheduler:
                 "ask for fewer or raise max_num_seqs."
             )
         need = self._most_blocks(group)
-        if need > (usable := blocks.allocator.num_usable - blocks.num_pinned):
+        if need > (usable := blocks.allocator.num_usable - blocks.parked.num_pinned):
             raise InvalidRequestError(
                 f"the request may need {need} blocks of {blocks.block_size} tokens and the whole pool has "
                 f"{usable}: lower max_tokens, n or the number of beams, shorten the prompt, or "
@@ -146,9 +163,9 @@ class Scheduler:
           InvalidRequestError: a request that waits or runs might then never fit.
         """
         blocks = self.blocks
-        blocks.truncate_parked(table, table.num_computed // blocks.block_size * blocks.block_size)
+        blocks.parked.truncate(table, table.num_computed // blocks.block_size * blocks.block_size)
         table.pinned = True
-        left = blocks.allocator.num_usable - blocks.num_pinned
+        left = blocks.allocator.num_usable - blocks.parked.num_pinned
         need = max((self._most_blocks(group) for group in self.roster.unfinished), default=1)
         if need > left:
             table.pinned = False
@@ -163,7 +180,7 @@ class Scheduler:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
         sequence.weights_version = self.blocks.weights_version
-        self._vacate(sequence, park=True)
+        self._admission.vacate(sequence, park=True)
         group = sequence.group
         if not group.unfinished:
             self._close(group)
@@ -176,7 +193,7 @@ class Scheduler:
     def _end(self, group: SequenceGroup) -> list[Sequence]:
         """Ends a group; its sequences keep what they have, those of a beam search the best there is."""
         for sequence in group.unfinished:
-            self._vacate(sequence, park=True)
+            self._admission.vacate(sequence, park=True)
             sequence.weights_version = self.blocks.weights_version
         if group.beams is not None:
             beams.write_best(group)
@@ -186,8 +203,7 @@ class Scheduler:
         return group.sequences
 
     def _close(self, group: SequenceGroup) -> None:
-        if group.status is Status.SWAPPED:
-            self.swap_space.forget(self.roster.swapped[group][0])
+        self.preemption.forget(group)
         self.roster.leave(group)
 
     # ---------------------------------------------------------------------------------------------- schedule
@@ -197,7 +213,7 @@ class Scheduler:
         draft = Draft(self._edits)
         self._edits = Edits()
         self.blocks.slide(self._all_rows, self.batch.position)
-        self._swap_in(draft)
+        self.preemption.swap_in(draft)
         self._schedule_decodes(draft)
         self._schedule_chunks(draft)
         if not draft.preempted and not self.roster.swapped:
@@ -213,10 +229,10 @@ class Scheduler:
             rows = self.batch.ready()
             writes = self.blocks.writes(rows, self.batch.position[rows])
             if writes.num_blocks > self.blocks.num_free:
-                self.blocks.reclaim(writes.num_blocks)
+                self.blocks.parked.reclaim(writes.num_blocks)
             if writes.num_blocks <= self.blocks.num_free:
                 break
-            self._preempt(self.roster.newest_running(), draft)
+            self.preemption.preempt(self.roster.newest_running(), draft)
         draft.rows = rows
         draft.new_blocks, draft.copies = self.blocks.make_writable(writes)
 
@@ -298,85 +314,3 @@ class Scheduler:
             else:
                 beams.reorder(group, choices, self.blocks, self.batch.position, self._edits)
         return ended
-
-    # ------------------------------------------------------------------------------- preemption, swapping, release
-
-    def preempt_all(self, *, swapped_too: bool = False) -> None:
-        """Sends every running group back to the queue, where its tokens will be computed anew.
-
-        Args:
-          swapped_too: also those whose blocks are in host memory; those whose blocks never got there go in any case.
-        """
-        for group in list(self.running):
-            self._preempt(group, None)
-        for group, (swapped, _) in list(self.roster.swapped.items()):
-            if swapped_too or swapped.contents is None:
-                self._close(group)
-                self.roster.wait(group)
-
-    def _preempt(self, group: SequenceGroup, draft: Draft | None) -> None:
-        """Takes all blocks of a group: to host memory if it may go there, else its tokens will be computed anew."""
-        if group.beams is not None:
-            beams.write_back(group)
-        sequences = group.unfinished
-        rows = [s.row for s in sequences]
-        swapped = None
-        if draft is not None:
-            draft.preempted = True
-            if self._may_swap(group, rows):
-                swapped = self.swap_space.try_out(rows, self.batch.position[rows].tolist())
-        if swapped is None:
-            self.tokens_lost += int(self.batch.position[rows].sum())
-        for sequence in sequences:
-            self._vacate(sequence)
-        self.num_preemptions += 1
-        group.metrics.num_preemptions += 1
-        if swapped is None or draft is None:
-            self.roster.leave(group)
-            self.roster.wait(group)
-        else:
-            draft.swaps_out.append(swapped)
-            self.roster.swap(group, swapped, sequences)
-            self.num_swaps_out += 1
-
-    def _may_swap(self, group: SequenceGroup, rows: list[int]) -> bool:
-        """Whether policy wants it swapped, and all of it has caught up: half a prompt is not worth the copies."""
-        if self.preemption_mode == "recompute" or (self.preemption_mode == "auto" and len(rows) == 1):
-            return False
-        batch = self.batch
-        return bool(((batch.position[rows] >= batch.target[rows]) & (batch.end[rows] > 0)).all())
-
-    def _swap_in(self, draft: Draft) -> None:
-        """Brings swapped groups back, in order, as long as what runs has blocks to grow."""
-        while self.roster.swapped:
-            group = self.roster.next_swapped()
-            swapped, owners = self.roster.swapped[group]
-            which = [i for i, s in enumerate(owners) if not s.finished]
-            reserve = 0
-            if self.running:
-                reserve = self.blocks.watermark_blocks + len(which) + sum(len(g.unfinished) for g in self.running)
-            need = self.swap_space.blocks_needed(swapped, which) + reserve
-            if need > self.blocks.num_free:
-                self.blocks.reclaim(need)
-            if need > self.blocks.num_free or len(which) > self.batch.num_free:
-                return
-            sequences = [owners[i] for i in which]
-            rows = self.batch.seat(sequences)
-            draft.swaps_in.append(SwapIn(swapped, *self.swap_space.back_in(swapped, which, rows)))
-            for i, sequence in zip(which, sequences, strict=True):
-                self.batch.start(sequence, swapped.positions[i], swapped.positions[i])
-            self.num_swaps_in += 1
-            draft.admitted += sequences
-            self.roster.run(group)
-
-    def _vacate(self, sequence: Sequence, *, park: bool = False) -> None:
-        """Takes a sequence's row and blocks; the blocks of one that a session holds are parked, if it may keep them."""
-        if sequence.row == NO_ROW:
-            return
-        if park and sequence.holder is not None:
-            computed = min(int(self.batch.position[sequence.row]), len(sequence.tokens))
-            sequence.holder.table = self.blocks.park(sequence.row, computed)
-        else:
-            self.blocks.close(sequence.row)
-        self.batch.vacate(sequence)
-        self._admission.forget(sequence)

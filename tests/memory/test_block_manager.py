@@ -327,14 +327,14 @@ def test_a_table_cut_back_to_what_a_window_has_left_is_nothing():
     blocks = manager(window=6, enable_prefix_caching=False)
     opened(blocks, 0, range(24))
     slid(blocks, 0, 24)
-    table = blocks.park(0, 24)
-    blocks.truncate_parked(table, 20)
+    table = blocks.parked.park(0, 24)
+    blocks.parked.truncate(table, 20)
     assert (table.blocks.tolist(), table.num_computed) == ([0, 0, 0, 4, 5], 20)
-    assert blocks.can_resume(table, 18)
-    assert not blocks.can_resume(table, 15)
-    blocks.truncate_parked(table, 16)
-    assert table.num_computed == 0 or blocks.can_resume(table, 17)
-    blocks.truncate_parked(table, 9)
+    assert blocks.parked.can_resume(table, 18)
+    assert not blocks.parked.can_resume(table, 15)
+    blocks.parked.truncate(table, 16)
+    assert table.num_computed == 0 or blocks.parked.can_resume(table, 17)
+    blocks.parked.truncate(table, 9)
     assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([], 0, 0)
     blocks.check_invariants()
 
@@ -345,18 +345,18 @@ def test_a_table_cut_back_to_what_a_window_has_left_is_nothing():
 def test_a_parked_table_keeps_its_blocks_and_frees_its_row():
     blocks = manager(enable_prefix_caching=False)
     opened(blocks, 0, range(14))
-    table = blocks.park(0, 9)
+    table = blocks.parked.park(0, 9)
     assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([1, 2, 3], 9, 3)
     assert not blocks.tables.any()
-    other = blocks.fork_parked(table)
+    other = blocks.parked.fork(table)
     assert blocks.num_used == 3
-    blocks.truncate_parked(table, 4)
+    blocks.parked.truncate(table, 4)
     assert (table.blocks.tolist(), table.num_computed, blocks.num_used) == ([1], 4, 3)
     blocks.check_invariants()
-    blocks.release_parked(other)
+    blocks.parked.release(other)
     assert blocks.num_used == 1
-    blocks.release_parked(other)  # again: no harm
-    blocks.release_parked(table)
+    blocks.parked.release(other)  # again: no harm
+    blocks.parked.release(table)
     assert blocks.num_used == 0
     blocks.check_invariants()
 
@@ -366,11 +366,11 @@ def test_who_has_been_parked_longest_is_reclaimed_first():
     tables = []
     for row, length in ((0, 8), (1, 8), (2, 8)):
         opened(blocks, row, range(length))
-        tables.append(blocks.park(row, length))
-    blocks.reclaim(2)
+        tables.append(blocks.parked.park(row, length))
+    blocks.parked.reclaim(2)
     assert [len(t.blocks) for t in tables] == [2, 2, 2], "there were two free blocks"
-    blocks.reclaim(5)
+    blocks.parked.reclaim(5)
     assert [len(t.blocks) for t in tables] == [0, 0, 2]
-    blocks.reclaim(99)
+    blocks.parked.reclaim(99)
     assert blocks.num_used == 0
     blocks.check_invariants()

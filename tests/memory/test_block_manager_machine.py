@@ -265,21 +265,21 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def park(self, data):
         row = data.draw(st.sampled_from(sorted(self.open)))
         text = self.open.pop(row)
-        self.parked[self.blocks.park(row, text.done)] = text
+        self.parked[self.blocks.parked.park(row, text.done)] = text
 
     @precondition(lambda self: self.parked)
     @rule(data=st.data())
     def fork_parked(self, data):
         table = data.draw(st.sampled_from(list(self.parked)))
         used = self.blocks.num_used
-        self.parked[self.blocks.fork_parked(table)] = self.parked[table].copy()
+        self.parked[self.blocks.parked.fork(table)] = self.parked[table].copy()
         assert self.blocks.num_used == used
 
     @precondition(lambda self: self.parked)
     @rule(data=st.data(), cut=st.integers(0, 24))
     def truncate_parked(self, data, cut):
         table = data.draw(st.sampled_from(list(self.parked)))
-        self.blocks.truncate_parked(table, cut)
+        self.blocks.parked.truncate(table, cut)
         text = self.parked[table]
         text.done = min(text.done, cut)
         if not table.num_computed:
@@ -291,7 +291,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release_parked(self, data):
         table = data.draw(st.sampled_from(list(self.parked)))
-        self.blocks.release_parked(table)
+        self.blocks.parked.release(table)
         del self.parked[table]
 
     @precondition(lambda self: len(self.open) < self.ROWS and any(text.done for text in self.parked.values()))
@@ -302,12 +302,12 @@ class BlockManagerMachine(RuleBasedStateMachine):
         text, row = self.parked[table], self.free_rows()[0]
         tokens = (text.tokens + tail)[: self.WIDTH * self.size]
         held, free = len(table.blocks), self.blocks.num_free
-        if not self.blocks.can_resume(table, len(tokens)):
+        if not self.blocks.parked.can_resume(table, len(tokens)):
             assert self.window < 1000
-            self.blocks.release_parked(table)
+            self.blocks.parked.release(table)
             del self.parked[table]
             return
-        opened = self.blocks.try_unpark(table, row, len(tokens))
+        opened = self.blocks.parked.try_unpark(table, row, len(tokens))
         if opened is None:
             assert free < self.blocks.blocks_for(len(tokens)) - held + 1
             assert self.blocks.num_free == free
@@ -324,8 +324,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.parked)
     @rule(wanted=st.integers(0, 24))
     def reclaim(self, wanted):
-        self.blocks.reclaim(wanted)
-        kept = [table in self.blocks._parked for table in self.parked]
+        self.blocks.parked.reclaim(wanted)
+        kept = [table in self.blocks.parked for table in self.parked]
         assert kept == sorted(kept), "those that were parked first went first"
         assert self.blocks.num_free >= wanted or not any(kept)
         for table in [table for table, stays in zip(self.parked, kept, strict=True) if not stays]:
@@ -366,7 +366,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for row in self.open:
             self.blocks.close(row)
         for table in self.parked:
-            self.blocks.release_parked(table)
+            self.blocks.parked.release(table)
         for swapped in self.swapped:
             self.space.forget(swapped)
         assert (self.blocks.num_used, self.blocks.tables.any(), self.space.num_used) == (0, False, 0)

@@ -42,4 +42,4 @@ def park(engine: NullEngine, tokens: list[int]) -> None:
     """Leaves a table without a row, if there is a row to make it on; it goes when blocks are short."""
     free = [row for row, sequence in enumerate(engine.scheduler.batch.by_row) if sequence is None]
     if free and engine.blocks.try_open(free[:1], [tokens]) is not None:
-        engine.blocks.fork_parked(engine.blocks.park(free[0], len(tokens)))
+        engine.blocks.parked.fork(engine.blocks.parked.park(free[0], len(tokens)))

@@ -365,7 +365,7 @@ class NullEngine:
         """A step is planned, and something fails before it runs: a swap, an upload, the launch."""
         received = self._commit_first()
         self.scheduler.schedule()
-        self.scheduler.preempt_all()
+        self.scheduler.preemption.preempt_all()
         self.blocks.reset_prefix_cache()
         while self._in_flight:
             received += self._commit()

@@ -20,7 +20,7 @@ def test_beams_that_find_all_but_their_last_tokens_in_the_cache(length):
     group = e.add(prompt(length), 8, n=3, beams=True)
     e.step()
     settled(e)
-    e.scheduler.preempt_all()
+    e.scheduler.preemption.preempt_all()
     e.drain()
     assert e.blocks.stats.hits == 3 * (length // 4 * 4)
     e.check_outputs()
@@ -38,7 +38,7 @@ def test_beams_with_equal_tokens_are_computed_anew_each_by_itself(steps, length,
     for _ in range(steps):
         e.step()
     settled(e)
-    e.scheduler.preempt_all()
+    e.scheduler.preemption.preempt_all()
     assert steps > 1 or len({tuple(s.tokens) for s in group.sequences}) == 4
     e.drain()
     e.check_outputs()
