@@ -2,16 +2,14 @@
 
 event loop(s)                            engine's thread
   submit: text -> tokens (a pool) -- command --> add_request                    step, step, step, ...
-  Stream.__anext__ <-- wake <-- pending output <-- merge <-- outputs of a step
+  Stream.__anext__ <-- cut to what is new <-- wake <-- outputs of a step, which say all that there is so far
   abort, call ------------------------ command --> between two steps
-
-A stream holds at most one output that its reader has not taken: the engine merges what comes meanwhile into it. So
-a slow reader costs neither memory nor the engine's time.
 """
 
 import asyncio
 import concurrent.futures
 import contextlib
+import dataclasses
 import functools
 import logging
 import queue
@@ -19,13 +17,14 @@ import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from typing import Any, Self
+from typing import Any
 
 from jpaged.config import EngineConfig
 from jpaged.engine import LLMEngine
 from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
 
 log = logging.getLogger("jpaged")
@@ -34,75 +33,6 @@ COMPILE_TIMEOUT = 900.0
 """Seconds that a step may take while it compiles a program."""
 _BEAT = 1.0
 """Seconds after which the engine's thread shows that it lives when there is nothing to do."""
-
-
-class Stream:
-    """One request's outputs, for one reader: iterate over it. Made by `AsyncLLM.submit`.
-
-    With output_kind DELTA an output holds what is new since the last one that was taken; with CUMULATIVE a reader that
-    is slower than the engine misses outputs in between.
-
-    Attributes:
-      request_id: the request's name.
-    """
-
-    def __init__(self, llm: "AsyncLLM", request_id: str, params: SamplingParams) -> None:
-        self.request_id = request_id
-        self._llm = llm
-        self._deltas = params.output_kind is RequestOutputKind.DELTA
-        self.loop = asyncio.get_running_loop()
-        self.ready = asyncio.Event()
-        self._pending: RequestOutput | None = None
-        self._error: Exception | None = None
-        self._done = False
-
-    def __aiter__(self) -> AsyncIterator[RequestOutput]:
-        return self
-
-    async def __anext__(self) -> RequestOutput:
-        """The next output; the last one is `finished`.
-
-        Raises:
-          EngineDeadError: the engine failed under the request.
-        """
-        while not self._done:
-            self.ready.clear()
-            with self._llm.lock:
-                output, self._pending = self._pending, None
-                error = self._error
-            if output is not None:
-                self._done = output.finished
-                return output
-            if error is not None:
-                self._done = True
-                raise error
-            await self.ready.wait()
-        raise StopAsyncIteration
-
-    def close(self) -> None:
-        """Ends the request if it has not finished; nothing more comes. May be called twice."""
-        if not self._done:
-            self._done = True
-            self._llm.forget(self)
-            self.ready.set()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        self.close()
-
-    # The engine's side; the lock is held.
-
-    def put(self, output: RequestOutput) -> bool:
-        """Adds an output; returns whether the reader must be woken (else it has something to take already)."""
-        waiting = self._pending is None
-        merges = self._deltas and self._pending is not None
-        self._pending = self._pending.followed_by(output) if merges and self._pending is not None else output
-        return waiting
-
-    def fail(self, error: Exception) -> None:
-        self._error = error
 
 
 class AsyncLLM:
@@ -139,11 +69,11 @@ class AsyncLLM:
         """Called once, on whatever thread, when the engine has died."""
         self.num_rejected = 0
         """Requests that found the queue full."""
-        self.lock = threading.Lock()
         self._max_reqs, self._max_tokens = max_num_queued_reqs, max_num_queued_tokens
         self._step_timeout = step_timeout
-        self._streams: dict[str, Stream] = {}  # written by the engine's thread alone
+        self._streams = Streams()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of what follows, and of putting commands into the queue
         self._failure: EngineDeadError | None = None
         self._stopping = threading.Event()
         self._paused = False
@@ -197,7 +127,7 @@ class AsyncLLM:
         if params.structured_outputs is not None:  # compiled here, found by `add_request`
             await self.in_worker(self.engine.grammars.matcher, params.structured_outputs)
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
-        stream = Stream(self, request_id or f"req-{uuid.uuid4().hex}", params)
+        stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
             await self.call(lambda engine: self._add(engine, stream, tokenized, params, priority))
         except asyncio.CancelledError:
@@ -205,13 +135,16 @@ class AsyncLLM:
             raise
         return stream
 
+    def _stream(self, request_id: str, kind: RequestOutputKind) -> Stream:
+        return Stream(request_id, kind, self._streams.lock, self._forget)
+
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; their readers get what they had, with finish reason `abort`. Unknown ids are ignored."""
         await self.call(lambda engine: engine.abort(request_id))
 
     async def abort_all(self) -> None:
         """Ends every request, as `abort` does."""
-        await self.call(lambda engine: engine.abort(list(self._streams)))
+        await self.call(lambda engine: engine.abort_all())
 
     async def pause(self) -> None:
         """Stops computing after the step that is running; requests wait, new ones are taken."""
@@ -232,12 +165,11 @@ class AsyncLLM:
         self._check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
 
-    def forget(self, stream: Stream) -> None:
-        """Aborts a stream's request; nobody waits for its outputs."""
+    def _forget(self, stream: Stream) -> None:
+        """A reader has left: a request that nobody reads is aborted."""
 
         def drop() -> None:
-            if self._streams.get(stream.request_id) is stream:
-                del self._streams[stream.request_id]
+            if self._streams.leave(stream):
                 self.engine.abort(stream.request_id)
 
         with contextlib.suppress(EngineDeadError):  # then there is nothing to abort
@@ -273,7 +205,7 @@ class AsyncLLM:
 
     def close(self) -> None:
         """Stops the engine's thread after the step that is running; readers that are left get an EngineDeadError."""
-        with self.lock:
+        with self._lock:
             self._stopping.set()
         self._commands.put(None)
         self._thread.join(self._step_timeout if self._failure is None else 1.0)
@@ -305,10 +237,10 @@ class AsyncLLM:
                     if command is None:
                         return False
                     command()
+                    self._deliver(self.engine.take_aborted())  # at once: its id may be used again by the next one
                     idle = False
             except queue.Empty:
                 pass
-            self._deliver(self.engine.take_aborted())  # at once, also while paused
             if not self._paused and self.engine.has_unfinished_requests():
                 return True
 
@@ -334,28 +266,20 @@ class AsyncLLM:
                 f"requests with {tokens} prompt tokens are waiting already, and the limit is {most_tokens}: "
                 "try again later."
             )
+        if params.output_kind is RequestOutputKind.DELTA:
+            params = dataclasses.replace(params, output_kind=RequestOutputKind.CUMULATIVE)  # streams cut
         engine.add_request(stream.request_id, prompt, params, priority=priority)
-        self._streams[stream.request_id] = stream
+        self._streams.open(stream.request_id, kept=False)
+        self._streams.join(stream)
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         self.on_outputs(outputs)
-        woken = []
-        with self.lock:
-            for output in outputs:
-                stream = self._streams.get(output.request_id)
-                if stream is not None and stream.put(output):
-                    woken.append(stream)
-        for output in outputs:
-            if output.finished:
-                self._streams.pop(output.request_id, None)
-        for stream in _wake(woken):
-            self._streams.pop(stream.request_id, None)
-            self.engine.abort(stream.request_id)
+        self.engine.abort(self._streams.deliver(outputs))
 
     # --------------------------------------------------------------------------------------------------- death
 
     def _send(self, command: Callable[[], None]) -> None:
-        with self.lock:
+        with self._lock:
             self._check_alive()
             self._commands.put(command)
 
@@ -366,7 +290,7 @@ class AsyncLLM:
             raise EngineDeadError("the engine was shut down.")
 
     def _die(self, error: EngineDeadError) -> None:
-        with self.lock:
+        with self._lock:
             if self._failure is not None or self._stopping.is_set():
                 return
             self._failure = error
@@ -381,12 +305,7 @@ class AsyncLLM:
                 command = self._commands.get_nowait()
                 if command is not None and isinstance(command, functools.partial):
                     command()  # an `_execute`, which finds the engine dead
-        with self.lock:
-            streams = list(self._streams.values())
-            for stream in streams:
-                stream.fail(error)
-        self._streams.clear()
-        _wake(streams)
+        self._streams.fail_all(error)
 
     def _watch(self) -> None:
         while not self._stopping.wait(min(_BEAT, self._step_timeout / 4)):
@@ -401,22 +320,3 @@ class AsyncLLM:
                 yield
         finally:
             self._deadline = time.monotonic() + self._step_timeout
-
-
-def _wake(streams: list[Stream]) -> list[Stream]:
-    """Wakes the readers of streams, in one call for each event loop; returns those whose loop is closed."""
-    by_loop: dict[asyncio.AbstractEventLoop, list[Stream]] = {}
-    for stream in streams:
-        by_loop.setdefault(stream.loop, []).append(stream)
-    lost: list[Stream] = []
-    for loop, mine in by_loop.items():
-        try:
-            loop.call_soon_threadsafe(_set_ready, mine)
-        except RuntimeError:
-            lost += mine
-    return lost
-
-
-def _set_ready(streams: list[Stream]) -> None:
-    for stream in streams:
-        stream.ready.set()

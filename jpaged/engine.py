@@ -167,6 +167,10 @@ class LLMEngine:
 
     abort_request = abort
 
+    def abort_all(self) -> None:
+        """Ends every request, as `abort` does."""
+        self.abort(list(self._groups))
+
     def take_aborted(self) -> list[RequestOutput]:
         """What aborted requests had, without a step, after what was read before them."""
         (ready, self._ready), (aborted, self._aborted) = (self._ready, []), (self._aborted, [])
@@ -206,7 +210,7 @@ class LLMEngine:
                 self._ready += self._commit()
         self.runner.params = new
         if in_flight == "abort":
-            self.abort(list(self._groups))
+            self.abort_all()
         elif in_flight == "recompute":
             self.scheduler.preemption.preempt_all(swapped_too=True)
             for group in self._groups.values():

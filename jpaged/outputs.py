@@ -40,13 +40,11 @@ class CompletionOutput:
     def finished(self) -> bool:
         return self.finish_reason is not None
 
-    def followed_by(self, newer: "CompletionOutput") -> "CompletionOutput":
-        """Two deltas of one sequence as one."""
-        logprobs = newer.logprobs
-        if self.logprobs is not None and logprobs is not None:
-            logprobs = self.logprobs + logprobs
+    def after(self, num_tokens: int, num_chars: int) -> "CompletionOutput":
+        """What follows the first tokens and characters: a delta, for who has those."""
+        logprobs = None if self.logprobs is None else self.logprobs[num_tokens:]
         return dataclasses.replace(
-            newer, text=self.text + newer.text, token_ids=self.token_ids + newer.token_ids, logprobs=logprobs
+            self, text=self.text[num_chars:], token_ids=self.token_ids[num_tokens:], logprobs=logprobs
         )
 
 
@@ -84,8 +82,3 @@ class RequestOutput:
         """Under which weights the last of its outputs ended; see `LLM.update_weights`. None while any is running."""
         versions = [output.weights_version for output in self.outputs]
         return None if None in versions else max(versions, default=None)  # type: ignore[type-var]  # none is None
-
-    def followed_by(self, newer: "RequestOutput") -> "RequestOutput":
-        """Two deltas of one request as one: the older one's text and tokens, and then the newer one's."""
-        outputs = [old.followed_by(new) for old, new in zip(self.outputs, newer.outputs, strict=True)]
-        return dataclasses.replace(newer, outputs=outputs)

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jpaged.async_engine import Stream
 from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.completions import prompt_logprobs
@@ -17,6 +16,7 @@ from jpaged.server.protocol import ChatRequest, NamedTool
 from jpaged.server.service import Service, Usage, final_outputs, new_id, structure_of
 from jpaged.server.tools import FORMATS, REQUIRED, CallParser, Format, named, schema_of_call, schema_of_calls
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
+from jpaged.streams import Stream
 from jpaged.structured.params import StructuredOutputsParams
 
 MAX_FORCED_CALLS = 8

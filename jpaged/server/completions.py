@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jpaged.async_engine import Stream
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.errors import ApiError
 from jpaged.server.protocol import CompletionRequest
 from jpaged.server.service import Service, TokenizedPrompt, Usage, final_outputs, merged, new_id
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
+from jpaged.streams import Stream
 from jpaged.tokenization import encode_prompt
 
 if TYPE_CHECKING:

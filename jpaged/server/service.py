@@ -9,13 +9,14 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jpaged.async_engine import AsyncLLM, Stream
+from jpaged.async_engine import AsyncLLM
 from jpaged.errors import InvalidConfigError, InvalidRequestError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.server.config import ServerConfig
 from jpaged.server.errors import ApiError
 from jpaged.server.protocol import Generation
+from jpaged.streams import Stream
 from jpaged.structured.params import StructuredOutputsParams
 
 if TYPE_CHECKING:

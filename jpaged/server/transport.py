@@ -12,9 +12,9 @@ from fastapi.routing import APIRoute
 from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
-from jpaged.async_engine import Stream
 from jpaged.server.errors import ApiError, as_api_error, body_of
 from jpaged.server.service import Service, close
+from jpaged.streams import Stream
 
 WRITE_TIMEOUT = 300.0
 """Seconds that a client may take nothing of a stream before its request is dropped."""
