@@ -12,13 +12,13 @@ state counts as one if its keys are the same; if they are not, `to_linen` makes 
 import dataclasses
 import functools
 import os
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 import checkpoints
@@ -144,10 +144,8 @@ def flatten(params: Any, to_linen: ToLinen | None = None) -> dict[tuple[str, ...
       InvalidConfigError: it is no tree of arrays.
     """
     tree = params if to_linen is None else to_linen(params)
-    if isinstance(tree, nnx.Module):
-        tree = nnx.state(tree, nnx.Param)
-    if isinstance(tree, nnx.State):
-        tree = nnx.to_pure_dict(tree)
+    if "flax.nnx" in sys.modules:  # whoever has an NNX model has imported it; nobody else waits for half a second
+        tree = _without_nnx(tree)
     if not isinstance(tree, Mapping):
         raise InvalidConfigError(f"params must be a nested dict or an NNX model or state, not a {type(tree).__name__}.")
     if set(tree) == {"params"}:  # what `init` returns
@@ -162,6 +160,14 @@ def flatten(params: Any, to_linen: ToLinen | None = None) -> dict[tuple[str, ...
                 "has used its memory for something else. Pass what that function returned."
             )
     return leaves
+
+
+def _without_nnx(tree: Any) -> Any:
+    from flax import nnx
+
+    if isinstance(tree, nnx.Module):
+        tree = nnx.state(tree, nnx.Param)
+    return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
 def fit(leaves: dict[tuple[str, ...], Any], like: Params) -> Params:

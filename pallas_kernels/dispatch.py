@@ -5,7 +5,11 @@ there is one (compiling for a GPU that is not there), else the default device.
 """
 
 import dataclasses
+import functools
+import importlib
 import os
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -66,3 +70,30 @@ def requested(implementation: str | None) -> str:
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"no implementation {name!r}: take one of {', '.join(IMPLEMENTATIONS)}")
     return name
+
+
+def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:
+    """The function that runs an operation of a package of kernels, whose modules `xla` and `triton` each have it.
+
+    An implementation asked for by name runs interpreted where there is no GPU. Pallas is imported when it is wanted: it
+    takes a third of a second.
+
+    Args:
+      package: its import name.
+      asked: "auto", the name of a module, or None: the environment's.
+      arguments: what the module's `unsupported(*arguments, device)` wants to know, to give a reason or None.
+
+    Raises:
+      ValueError: what was asked for is unknown or does not support these arguments.
+    """
+    name, device = requested(asked), current_device()
+    if name == "xla" or (name == "auto" and device.platform != "cuda"):
+        return getattr(importlib.import_module(f"{package}.xla"), operation)
+    kernels = importlib.import_module(f"{package}.triton")
+    interpret = device.platform != "cuda"
+    reason = kernels.unsupported(*arguments, INTERPRETER if interpret else device)
+    if reason and name == "auto":
+        return getattr(importlib.import_module(f"{package}.xla"), operation)
+    if reason:
+        raise ValueError(f"{operation} in Triton {reason}: leave the implementation to be chosen, or ask for xla")
+    return functools.partial(getattr(kernels, operation), interpret=interpret)

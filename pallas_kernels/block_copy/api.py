@@ -7,14 +7,11 @@ Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs, where it is one
 as those of paged attention are. On several devices Triton kernels are for `shard_map`: XLA cannot divide them.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.block_copy import triton, xla
 
 Pool = tuple[Any, ...]
 
@@ -35,7 +32,7 @@ def copy_blocks(
     Raises:
       ValueError: the implementation asked for is unknown or does not support this pool.
     """
-    return _implementation(implementation, "copy_blocks", pool)(pool, sources, destinations, count)
+    return dispatch.implementation(__package__, "copy_blocks", implementation, pool)(pool, sources, destinations, count)
 
 
 def gather_blocks(pool: Pool, blocks: jax.Array, *, implementation: str | None = None) -> Pool:
@@ -45,7 +42,7 @@ def gather_blocks(pool: Pool, blocks: jax.Array, *, implementation: str | None =
       blocks: int32 [n]; 0 where padded.
       implementation: as in `copy_blocks`.
     """
-    return _implementation(implementation, "gather_blocks", pool)(pool, blocks)
+    return dispatch.implementation(__package__, "gather_blocks", implementation, pool)(pool, blocks)
 
 
 def scatter_blocks(pool: Pool, blocks: jax.Array, contents: Pool, *, implementation: str | None = None) -> Pool:
@@ -57,18 +54,4 @@ def scatter_blocks(pool: Pool, blocks: jax.Array, contents: Pool, *, implementat
       contents: one array [n, ...] a layer, as `gather_blocks` returns them.
       implementation: as in `copy_blocks`.
     """
-    return _implementation(implementation, "scatter_blocks", pool)(pool, blocks, contents)
-
-
-def _implementation(asked: str | None, operation: str, pool: Pool) -> Callable:
-    """The function that runs. An implementation asked for by name runs interpreted where there is no GPU."""
-    name, device = dispatch.requested(asked), dispatch.current_device()
-    if name == "auto":
-        name = "xla" if triton.unsupported(pool, device) else "triton"
-    if name == "xla":
-        return getattr(xla, operation)
-    interpret = device.platform != "cuda"
-    reason = triton.unsupported(pool, dispatch.INTERPRETER if interpret else device)
-    if reason:
-        raise ValueError(f"moving blocks in Triton {reason}: leave the implementation to be chosen, or ask for xla")
-    return functools.partial(getattr(triton, operation), interpret=interpret)
+    return dispatch.implementation(__package__, "scatter_blocks", implementation, pool)(pool, blocks, contents)

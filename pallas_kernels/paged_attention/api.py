@@ -19,7 +19,7 @@ from typing import Any
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import triton, xla
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
@@ -83,7 +83,7 @@ def paged_decode_attention(
       NotImplementedError: when differentiated.
     """
     attend = functools.partial(
-        _implementation(implementation, "paged_decode_attention", q, kv),
+        dispatch.implementation(__package__, "paged_decode_attention", implementation, q, kv),
         scale=scale,
         sliding_window=sliding_window,
         logit_soft_cap=logit_soft_cap,
@@ -121,27 +121,13 @@ def paged_prefill_attention(
     Raises: as `paged_decode_attention`.
     """
     attend = functools.partial(
-        _implementation(implementation, "paged_prefill_attention", q, kv),
+        dispatch.implementation(__package__, "paged_prefill_attention", implementation, q, kv),
         scale=scale,
         sliding_window=sliding_window,
         logit_soft_cap=logit_soft_cap,
         return_lse=return_lse,
     )
     return _not_differentiable(attend)(q, kv, block_tables, starts, lengths, {"sinks": sinks})
-
-
-def _implementation(asked: str | None, operation: str, q: jax.Array, kv: KV) -> Callable:
-    """The function that runs. An implementation asked for by name runs interpreted where there is no GPU."""
-    name, device = dispatch.requested(asked), dispatch.current_device()
-    if name == "auto":
-        name = "xla" if triton.unsupported(q, kv, device) else "triton"
-    if name == "xla":
-        return getattr(xla, operation)
-    interpret = device.platform != "cuda"
-    reason = triton.unsupported(q, kv, dispatch.INTERPRETER if interpret else device)
-    if reason:
-        raise ValueError(f"paged attention in Triton {reason}: leave the implementation to be chosen, or ask for xla")
-    return functools.partial(getattr(triton, operation), interpret=interpret)
 
 
 def _not_differentiable(attend: Callable) -> Callable:
