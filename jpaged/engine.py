@@ -25,7 +25,7 @@ from jpaged.runtime.runner import StepResult
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
 from jpaged.scheduling.beams import new_search
-from jpaged.sequence import FinishReason, Holder, Sequence, SequenceGroup
+from jpaged.sequence import FinishReason, Holder, Pooling, Sequence, SequenceGroup
 from jpaged.source import Params, fit, flatten, of_arguments
 from jpaged.startup import Components, build
 from jpaged.structured import Grammars, masks_of
@@ -96,6 +96,7 @@ class LLMEngine:
         priority: int = 0,
         holder: Holder | None = None,
         scored_from: int = 0,
+        pooling: Pooling | None = None,
     ) -> None:
         """Queues a request.
 
@@ -107,6 +108,7 @@ class LLMEngine:
           holder: of a session: the request goes on with its blocks and leaves it the blocks that it has in the end.
           scored_from: with prompt_logprobs: the first position that gets them. What is before it may be found in the
             prefix cache.
+          pooling: the output brings an `embedding` of the prompt; with "mean", the prefix cache is not looked at.
 
         Raises:
           InvalidRequestError: it can't be served as asked. Nothing else is affected.
@@ -123,6 +125,8 @@ class LLMEngine:
         self.limits.check_params(params)
         if holder is not None and (params.num_sequences > 1 or params.use_beam_search):
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
+        if pooling not in (None, "last", "mean"):
+            raise InvalidRequestError(f'pooling={pooling!r} must be "last" or "mean".')
         constraint = params.structured_outputs
         matcher = None if constraint is None else self.grammars.matcher(constraint)
         if self.runner.capture is not None and params.use_beam_search:
@@ -138,8 +142,9 @@ class LLMEngine:
             (priority, arrival),
             RequestMetrics(arrival_time=time.monotonic()),
             salt,
-            bypasses_cache=self.runner.capture is not None,
+            bypasses_cache=self.runner.capture is not None or pooling == "mean",
             scored_from=scored_from,
+            pooling=pooling,
         )
         wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
@@ -301,7 +306,7 @@ class LLMEngine:
         self.times.steps += 1
         self._in_flight.popleft()
         received = self.scheduler.commit(result.plan, results.tokens, results.candidates)
-        outputs = self._outputs.process(result.plan, received, results.tokens, results.prompt_scores)
+        outputs = self._outputs.process(result.plan, received, results.tokens, results.prompt_scores, results.pooled)
         self.on_commit(result.plan, received)
         return self._finished(outputs)
 

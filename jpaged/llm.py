@@ -5,12 +5,15 @@ import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import InvalidRequestError
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.progress import Progress
+from jpaged.readout import EMBEDDING, SCORING, embedding_of, logprobs_from, with_completion
 from jpaged.sampling_params import MAX_LOGPROBS, BeamSearchParams, RequestOutputKind, SamplingParams
-from jpaged.sequence import Holder
+from jpaged.sequence import Holder, Pooling
 from jpaged.session import Session
 from jpaged.source import Params
 from jpaged.tokenization import Chat, Prompt, encode_prompt, is_chat, render_chat
@@ -86,6 +89,7 @@ class LLM:
         priority: Sequence[int] | None = None,
         holders: Sequence[Holder] | None = None,
         scored_from: Sequence[int] | None = None,
+        pooling: Pooling | None = None,
     ) -> list[RequestOutput]:
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or SamplingParams()] * len(many)
@@ -106,6 +110,7 @@ class LLM:
                     priority=priority[i] if priority else 0,
                     holder=holders[i] if holders else None,
                     scored_from=scored_from[i] if scored_from else 0,
+                    pooling=pooling,
                 )
                 ids.append(request_id)
             return self._run(ids, use_tqdm)
@@ -170,22 +175,34 @@ class LLM:
         many = many * len(completions) if len(many) == 1 else many
         if len(many) != len(completions):
             raise InvalidRequestError(f"{len(many)} prompts need as many completions, not {len(completions)}.")
-        whole: list[Prompt] = []
-        starts: list[int] = []
-        for prompt, completion in zip(many, completions, strict=True):
-            _, tokens, salt = encode_prompt(prompt, self.engine.tokenizer)
-            self.engine.limits.check_prompt(tokens)
-            if isinstance(completion, str):
-                if self.engine.tokenizer is None:
-                    raise InvalidRequestError("text needs a tokenizer, and this engine has none: use token ids.")
-                completion = self.engine.tokenizer.backend_tokenizer.encode(completion, add_special_tokens=False).ids
-            if not completion:
-                raise InvalidRequestError("a completion is empty: there is nothing to score.")
-            starts.append(len(tokens))
-            whole.append({"prompt_token_ids": [*tokens, *completion], "cache_salt": salt})
-        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        outputs = self._generate(whole, params, use_tqdm=use_tqdm, scored_from=starts)
-        return [_own_logprobs(output, start) for output, start in zip(outputs, starts, strict=True)]
+        pairs = [with_completion(self.engine, p, c) for p, c in zip(many, completions, strict=True)]
+        starts = [start for _, start in pairs]
+        outputs = self._generate([whole for whole, _ in pairs], SCORING, use_tqdm=use_tqdm, scored_from=starts)
+        return [logprobs_from(output, start) for output, start in zip(outputs, starts, strict=True)]
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: Pooling = "last",
+        normalize: bool = True,
+        use_tqdm: bool = True,
+    ) -> np.ndarray:
+        """Embeddings: each prompt's final hidden states (after the last norm, before the logits), pooled to one.
+
+        Args:
+          prompts: as in `generate`; each has fewer than max_model_len tokens.
+          pooling: "last": the last token's. "mean": the mean over all tokens; then the prefix cache is not looked at.
+          normalize: divide each by its Euclidean norm.
+
+        Returns: float32 [prompts, E].
+
+        Raises:
+          InvalidRequestError: a prompt can't be served, or there is no such pooling. None of the call's prompts is run.
+        """
+        outputs = self._generate(_as_list(prompts), EMBEDDING, use_tqdm=use_tqdm, pooling=pooling)
+        empty = np.zeros((0, self.engine.model_config.hidden_size), np.float32)
+        return np.stack([embedding_of(output, normalize) for output in outputs]) if outputs else empty
 
     # ------------------------------------------------------------------------------------------------- weights
 
@@ -281,12 +298,6 @@ class LLM:
                         progress.note(f"{tokens} tokens")
                         progress.advance()
         return [finished[i] for i in ids]
-
-
-def _own_logprobs(output: RequestOutput, start: int) -> list[float]:
-    """Those of the prompt's own tokens from a position on."""
-    at = zip(output.prompt_token_ids[start:], output.prompt_logprobs[start:], strict=True)  # type: ignore[index]
-    return [logprobs[token].logprob for token, logprobs in at]  # type: ignore[index]  # there is one from there on
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -42,7 +42,12 @@ class OutputProcessor:
         self._shown: dict[Sequence, _Shown] = {}
 
     def process(
-        self, plan: StepPlan, received: list[Sequence], results: np.ndarray, prompt_scores: np.ndarray | None
+        self,
+        plan: StepPlan,
+        received: list[Sequence],
+        results: np.ndarray,
+        prompt_scores: np.ndarray | None,
+        pooled: np.ndarray | None,
     ) -> list[RequestOutput]:
         """The outputs that one step's results give rise to.
 
@@ -50,9 +55,12 @@ class OutputProcessor:
           received: the sequences that got a token.
           results: int32 [N, columns] as `runtime.sampler.sample` returns them.
           prompt_scores: int32 [P * C, columns], or None.
+          pooled: float32 [P, E], or None.
         """
         if prompt_scores is not None:
             self._take_prompt_scores(plan, prompt_scores)
+        if pooled is not None:
+            _take_pooled(plan, pooled)
         if plan.variant.num_logprobs >= 0:
             self._take_logprobs(plan, set(received), results)
         now = time.monotonic()
@@ -89,6 +97,7 @@ class OutputProcessor:
             finished=group.finished,
             metrics=group.metrics,
             num_cached_tokens=group.num_cached_tokens,
+            embedding=group.embedding,
         )
 
     def _completion(self, sequence: Sequence, index: int) -> CompletionOutput:
@@ -216,6 +225,16 @@ class OutputProcessor:
             if self._tokenizer is None
             else self._tokenizer.backend_tokenizer.decode([token], skip_special_tokens=False)
         )
+
+
+def _take_pooled(plan: StepPlan, pooled: np.ndarray) -> None:
+    """Adds each tile's part to its prompt's embedding. What is computed from the beginning again begins again."""
+    for tile, part in zip(plan.tiles, pooled, strict=False):  # tiles are padded
+        group = tile.sequence.group
+        if group.pooling is None or tile.sequence.index != 0 or tile.start >= len(group.prompt_token_ids):
+            continue
+        adds = group.pooling == "mean" and tile.start > 0
+        group.embedding = group.embedding + part if adds else part  # type: ignore[operator]  # tile 0 came before
 
 
 def _streams(params: SamplingParams) -> bool:

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Logprob(NamedTuple):
     """One token's log-probability under the model's raw distribution."""
@@ -76,6 +78,8 @@ class RequestOutput:
     metrics: RequestMetrics
     num_cached_tokens: int
     """Prompt tokens whose K and V came from the prefix cache."""
+    embedding: np.ndarray | None = None  # float32 [E]
+    """The prompt's pooled final hidden state, not normalised, if it was asked for; see `LLM.embed`."""
 
     @property
     def weights_version(self) -> int | None:

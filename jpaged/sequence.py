@@ -12,7 +12,9 @@
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
 
 from jpaged.memory import Table
 from jpaged.outputs import LogprobsAt, RequestMetrics
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from jpaged.structured import Matcher
 
 NO_ROW = -1
+Pooling = Literal["last", "mean"]
+"""How the hidden states of a prompt's tokens become one: the last token's, or the mean of all."""
 
 
 class Status(enum.Enum):
@@ -116,6 +120,9 @@ class SequenceGroup:
     """All its positions are computed, whatever the prefix cache holds."""
     scored_from: int = 0
     """The first position whose token's log-probability is wanted, if those of the prompt are."""
+    pooling: Pooling | None = None
+    """How its prompt's final hidden states are pooled; None: they are not."""
+    embedding: np.ndarray | None = None  # float32 [E]: what has been pooled so far
     num_cached_tokens: int = 0
     beams: "BeamSearch | None" = None
     """Of a request with beam search: sequence i is row i's beam, and `beams` knows which tokens that is."""
@@ -127,6 +134,18 @@ class SequenceGroup:
     @property
     def finished(self) -> bool:
         return self.status is Status.FINISHED
+
+    @property
+    def findable(self) -> int | None:
+        """How many of its first tokens need not be computed if the prefix cache has them; None: all."""
+        if self.bypasses_cache:
+            return 0
+        return None if self.params.prompt_logprobs is None else self.scored_from
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether something is still read off its prompt's hidden states, which the prefill lane alone gives."""
+        return self.wants_prompt_logprobs or self.pooling is not None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

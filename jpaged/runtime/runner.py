@@ -28,7 +28,7 @@ from jpaged.runtime import state as batch
 from jpaged.runtime.beam_selection import pack_searches, packed_size, unpack_candidates
 from jpaged.runtime.kv_pool import KVPoolSpec
 from jpaged.runtime.sampler import sample
-from jpaged.runtime.step import Forward, make_forward, make_prompt_scores
+from jpaged.runtime.step import Forward, make_forward, make_prompt_scores, pool_tiles
 from jpaged.runtime.swapping import Swapper
 from jpaged.scheduling.beams import Candidates
 from jpaged.scheduling.plan import Bucket, StepPlan, Variant
@@ -46,6 +46,7 @@ class Results(NamedTuple):
     tokens: np.ndarray  # int32 [N, columns]: the plan's results, as `sampler.sample` returns them
     candidates: Candidates | None
     prompt_scores: np.ndarray | None  # int32 [P * C, columns]
+    pooled: np.ndarray | None  # float32 [P, E]: each tile's part of its prompt's embedding
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class StepResult:
     results: jax.Array
     candidates: jax.Array | None
     prompt_scores: jax.Array | None
+    pooled: jax.Array | None
 
     def read(self) -> Results:
         """Waits for the step."""
@@ -63,6 +65,7 @@ class StepResult:
             np.asarray(self.results),
             None if self.candidates is None else unpack_candidates(np.asarray(self.candidates)),
             None if self.prompt_scores is None else np.asarray(self.prompt_scores),
+            None if self.pooled is None else np.asarray(self.pooled),
         )
 
 
@@ -232,7 +235,13 @@ class Runner:
         )
         self.state = state._replace(tokens=tokens)
         results.copy_to_host_async()
-        return StepResult(plan, results, candidates if plan.beams else None, self._score_prompts(plan.variant, forward))
+        return StepResult(
+            plan,
+            results,
+            candidates if plan.beams else None,
+            self._score_prompts(plan.variant, forward),
+            self._pool_prompts(plan, forward),
+        )
 
     def _score_prompts(self, variant: Variant, forward: Forward) -> jax.Array | None:
         if not variant.prompt_logprobs:
@@ -244,3 +253,11 @@ class Runner:
 
         key = ("prompt", forward.tile_targets.shape, variant.num_logprobs)
         return self._compile(key, flat_scores, (), self._everywhere, self._leaves, forward)(self._leaves, forward)
+
+    def _pool_prompts(self, plan: StepPlan, forward: Forward) -> jax.Array | None:
+        weights = plan.pooling_weights(self.tile_size)
+        if weights is None:
+            return None
+        hidden, abstract = forward.tile_hidden, jax.ShapeDtypeStruct(weights.shape, weights.dtype)
+        key = ("pool", hidden.shape)
+        return self._compile(key, pool_tiles, (), self._everywhere, hidden, abstract)(hidden, weights)

@@ -32,7 +32,7 @@ class Forward(NamedTuple):
     logits: jax.Array  # float32 [N, V]
     rows: jax.Array  # int32 [N]: rows of the batch; the null row for padding
     positions: jax.Array  # int32 [N]: position of the token that these logits are for
-    tile_hidden: jax.Array  # [P * C, E]: for prompt log-probabilities
+    tile_hidden: jax.Array  # [P * C, E]: for prompt log-probabilities and embeddings
     tile_targets: jax.Array  # int32 [P * C]: the token after each of the tiles' tokens
     captured: jax.Array | None = None  # float32 [T, sites, layers, E], if activations are captured
 
@@ -136,3 +136,10 @@ def make_prompt_scores(model: nn.Module, tile_size: int, count: int) -> Callable
         return rows.reshape(-1, rows.shape[-1])
 
     return prompt_scores
+
+
+def pool_tiles(hidden: jax.Array, weights: jax.Array) -> jax.Array:
+    """Each tile's part of its prompt's pooled hidden state: [P * C, E], float32 [P, C] -> float32 [P, E]."""
+    tiles = hidden.reshape(*weights.shape, -1).astype(jnp.float32)
+    # Hidden states of padding may be anything, also not a number.
+    return jnp.where(weights[..., None] == 0, 0, weights[..., None] * tiles).sum(1)

@@ -71,17 +71,15 @@ class Admission:
             draft.copies += copies
             return [position]
         tokens = [s.tokens for s in heads]
-        findable = None if group.params.prompt_logprobs is None else group.scored_from
-        findable = 0 if group.bypasses_cache else findable
         return self._blocks.try_open(
-            [s.row for s in heads], tokens, salt=group.cache_salt, findable=findable, reserve=reserve
+            [s.row for s in heads], tokens, salt=group.cache_salt, findable=group.findable, reserve=reserve
         )
 
     def _start(self, group: SequenceGroup, heads: list[Sequence], positions: list[int], apart: bool) -> None:
         for sequence, position in zip(heads, positions, strict=True):
             last = len(sequence.tokens) - 1
             # One token behind and nobody to fork: that is the decode lane's work.
-            alone = position == last and sequence not in self.followers and not group.wants_prompt_logprobs
+            alone = position == last and sequence not in self.followers and not group.reads_prompt
             target = last if apart or alone else last + 1
             self._batch.start(sequence, position, target, held=apart)
             if position < target:

@@ -165,6 +165,23 @@ class StepPlan:
         """Tokens computed, padding not counted."""
         return len(self.rows) + sum(t.length for t in self.tiles)
 
+    def pooling_weights(self, tile_size: int) -> np.ndarray | None:
+        """What each tile's tokens count in the pooled hidden state of their prompt, float32 [bucket.prefill_tiles, C].
+
+        None: nobody pools.
+        """
+        if not any(tile.sequence.group.pooling for tile in self.tiles):
+            return None
+        weights = np.zeros((self.bucket.prefill_tiles, tile_size), np.float32)
+        for row, tile in zip(weights, self.tiles, strict=False):
+            group = tile.sequence.group
+            left = len(group.prompt_token_ids) - tile.start  # of the prompt, from the tile's first token on
+            if group.pooling == "mean":
+                row[: max(0, min(left, tile.length))] = 1 / len(group.prompt_token_ids)
+            elif group.pooling == "last" and 0 < left <= tile.length:
+                row[left - 1] = 1
+        return weights
+
     def pack(self, null_row: int) -> np.ndarray:
         """The integers of the plan, int32 [bucket.packed_size]; padding points to `null_row`."""
         packed = np.zeros(self.bucket.packed_size, np.int32)
