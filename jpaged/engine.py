@@ -18,6 +18,7 @@ import jax
 
 from jpaged.config import EngineConfig
 from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError
+from jpaged.followers import follower_of
 from jpaged.output_processor import OutputProcessor
 from jpaged.outputs import RequestMetrics, RequestOutput
 from jpaged.request_limits import RequestLimits
@@ -152,11 +153,11 @@ class LLMEngine:
             Sequence(group, i, list(tokens), min(wanted, self.max_model_len), eos | frozenset(params.stop_token_ids))
             for i in range(params.num_sequences)
         ]
-        if matcher is not None:
+        if params.use_beam_search:
+            group.beams = new_search(group, follower_of(group, matcher, self.tokenizer))
+        elif matcher is not None:
             for sequence in group.sequences:
                 sequence.matcher = matcher.fork()
-        if params.use_beam_search:
-            group.beams = new_search(group)
         if holder is not None:
             group.sequences[0].holder = holder
         self.scheduler.add(group)

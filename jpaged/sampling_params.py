@@ -7,7 +7,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Literal
 
-from jpaged.errors import InvalidRequestError, UnsupportedFeatureError
+from jpaged.errors import InvalidRequestError
 from jpaged.structured.params import StructuredOutputsParams
 
 # Upper bounds. Device arrays have these widths, so they are limits of the engine and not only of taste.
@@ -42,7 +42,6 @@ class SamplingParams:
 
     Raises:
       InvalidRequestError: a field is not of its type, not finite, or out of its bounds.
-      UnsupportedFeatureError: a feature that this version does not offer is asked for.
     """
 
     n: int = 1
@@ -173,8 +172,6 @@ class SamplingParams:
                 raise InvalidRequestError("early_stopping and length_penalty need use_beam_search=True.")
         elif not self.greedy:
             raise InvalidRequestError("use_beam_search does not draw: it needs temperature=0.")
-        elif self.stop:
-            raise UnsupportedFeatureError("stop strings are not offered with use_beam_search; see stop_token_ids.")
 
     def _check_structured(self) -> None:
         if self.structured_outputs is None:
@@ -185,8 +182,6 @@ class SamplingParams:
             )
         if self.ignore_eos:
             raise InvalidRequestError("structured_outputs end with an end-of-sequence token: ignore_eos must be False.")
-        if self.use_beam_search:
-            raise UnsupportedFeatureError("structured_outputs are not offered with use_beam_search; sample instead.")
 
     def _check_lists(self) -> None:
         self._strings("stop", MAX_STOP_STRINGS)

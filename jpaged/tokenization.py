@@ -1,5 +1,6 @@
 """Text to tokens and back: prompts and chats at the edge, incremental detokenisation, stop strings."""
 
+import copy
 from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -143,6 +144,12 @@ class Detokenizer:
         self._stream = self._new_stream(self._context(prompt_token_ids))
         self._pending: list[int] = []  # tokens since the last text
         self.text = ""
+
+    def fork(self) -> "Detokenizer":
+        """Another one at the same place."""
+        twin = copy.copy(self)
+        twin._stream, twin._pending = copy.copy(self._stream), list(self._pending)
+        return twin
 
     def push(self, tokens: list[int]) -> str:
         """Adds tokens; returns the text that became final."""

@@ -179,7 +179,6 @@ def test_structured_outputs_and_what_contradicts_them():
     for arguments, message in (
         ({"structured_outputs": {"json": {}}}, "must be a StructuredOutputsParams"),
         ({"structured_outputs": one, "ignore_eos": True}, "ignore_eos must be False"),
-        ({"structured_outputs": one} | BEAMS, "sample instead"),
     ):
         with pytest.raises(JpagedError, match=message):
             SamplingParams(**arguments)
@@ -224,7 +223,6 @@ def test_groups():
         ({"length_penalty": 2}, "need use_beam_search"),
         (BEAMS | {"early_stopping": 1}, "early_stopping must be"),
         (BEAMS | {"early_stopping": "always"}, "early_stopping must be"),
-        (BEAMS | {"stop": "x"}, "see stop_token_ids"),
     ],
 )
 def test_contradictions_in_groups_are_refused(arguments, message):

@@ -35,21 +35,27 @@ def pack_searches(plan: StepPlan) -> np.ndarray:
     return np.concatenate([scores.view(np.int32), members.reshape(-1)])
 
 
-def select(logits: jax.Array, searches: jax.Array, count: int) -> jax.Array:
+def select(logits: jax.Array, searches: jax.Array, count: int, allowed: jax.Array | None = None) -> jax.Array:
     """The `count` best continuations of each group of beams.
 
     Args:
       logits: float32 [N, V].
       searches: int32, as `pack_searches` makes it.
+      allowed: bool [N, V]: tokens that grammars allow. The others' probabilities stay with them: a beam's score is
+        the model's own, as with Hugging Face's `prefix_allowed_tokens_fn`.
 
-    Returns: int32 [G, 3, count], best first: cumulative log-probabilities (bits), parents' ranks, tokens. G = N.
+    Returns: int32 [G, 3, count], best first: cumulative log-probabilities (bits; -inf: there is no such continuation),
+    parents' ranks, tokens. G = N.
     """
     n, vocab = logits.shape
     per_beam = min(count, vocab)
     scores = jax.lax.bitcast_convert_type(searches[:n], jnp.float32)
     members = searches[n:].reshape(n, num_members(count))
     # A group's best are among its beams' best.
-    best, tokens = jax.lax.top_k(jax.nn.log_softmax(logits), per_beam)  # [N, per_beam]
+    logprobs = jax.nn.log_softmax(logits)
+    if allowed is not None:
+        logprobs = jnp.where(allowed, logprobs, -jnp.inf)
+    best, tokens = jax.lax.top_k(logprobs, per_beam)  # [N, per_beam]
     best = jnp.where(members[..., None] >= 0, (best + scores[:, None])[members], -jnp.inf)  # [G, W, per_beam]
     values, index = jax.lax.top_k(best.reshape(n, -1), count)
     parents = index // per_beam

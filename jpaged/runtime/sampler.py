@@ -48,8 +48,9 @@ def sample(
         logits = penalize(logits, tokens[rows], positions, p)
     if variant.rules:
         logits = apply_rules(logits, tokens[rows], positions, jax.tree.map(lambda leaf: leaf[rows], rules))
-    if masks is not None:
-        logits = constrain(logits, masks, raw)
+    searched, allowed = logits, None if masks is None else _unpack(masks, logits.shape[-1])
+    if allowed is not None:
+        logits = constrain(logits, allowed, raw)
     chosen = _argmax(logits)
     if variant.sample:
         keys = jax.vmap(_key)(p["seed_high"], p["seed_low"], p["sequence_index"], positions)
@@ -62,7 +63,7 @@ def sample(
     tokens = tokens.at[rows, positions].set(chosen, mode="drop")
     results = jnp.concatenate([chosen[:, None], logprobs(raw, chosen, variant.num_logprobs)], axis=1)
     count = variant.num_beam_candidates
-    return tokens, results, beam_selection.select(logits, searches, count) if count else None
+    return tokens, results, beam_selection.select(searched, searches, count, allowed) if count else None
 
 
 def _argmax(x: jax.Array) -> jax.Array:
@@ -120,12 +121,11 @@ def apply_rules(logits: jax.Array, tokens: jax.Array, lengths: jax.Array, rules:
     return jnp.where(jnp.any(masked > -jnp.inf, axis=-1, keepdims=True), masked, logits)
 
 
-def constrain(logits: jax.Array, masks: jax.Array, raw: jax.Array) -> jax.Array:
-    """-inf for tokens that a row's grammar does not allow.
+def constrain(logits: jax.Array, allowed: jax.Array, raw: jax.Array) -> jax.Array:
+    """-inf for tokens that a row's grammar does not allow (bool [N, V]).
 
     Where the rules before it leave none of those that it does, they give way: `raw` decides among these.
     """
-    allowed = _unpack(masks, logits.shape[-1])
     masked = jnp.where(allowed, logits, -jnp.inf)
     some_left = jnp.any(masked > -jnp.inf, axis=-1, keepdims=True)
     return jnp.where(some_left, masked, jnp.where(allowed, raw, -jnp.inf))

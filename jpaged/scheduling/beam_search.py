@@ -16,14 +16,26 @@ The paper: arXiv 2309.06180, section 4.4.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from jpaged.sequence import FinishReason
 
 UNBORN = -1e9
-"""Score of the ranks that do not exist yet: all beams start from one prompt, and it must not be continued twice."""
+"""Score of the ranks that do not exist: all beams start from one prompt, and it must not be continued twice. Later too,
+where fewer continuations are allowed, or go on, than there are ranks."""
+
+
+class Follower(Protocol):
+    """What goes along with a running beam, besides its tokens."""
+
+    @property
+    def stop(self) -> str | None:
+        """The stop string that its last token completed."""
+
+    def follow(self, token: int) -> "Follower":
+        """The follower of this beam and one more token."""
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
@@ -55,7 +67,10 @@ class Hypothesis:
     """cumulative_logprob / number of generated tokens ** length_penalty."""
     cumulative_logprob: float
     finish_reason: FinishReason | None
-    """STOP: its last token is an end-of-sequence token; LENGTH: it is as long as allowed; None: it still runs."""
+    """STOP: its last token is an end-of-sequence token, or completes a stop string; LENGTH: it is as long as allowed;
+    None: it still runs."""
+    stop: str | None = None
+    """The stop string that its last token completed."""
 
     @property
     def token_ids(self) -> list[int]:
@@ -78,10 +93,12 @@ class BeamSearch:
         best running beam would not be kept if it ended now. "never": that it would not even if it reached
         `max_length` at no further cost (the same as False unless length_penalty > 0).
       eos_token_ids: tokens that end a hypothesis; each stays its last token.
+      follower: of the bare prompt, if beams have one; a token that completes a stop string ends a hypothesis, too.
 
     Attributes:
-      scores: float32 [width], cumulative log-probabilities of the running beams, best first. [0] after `max_length`.
-      nodes: their last tokens, None before the first; also emptied at `max_length`.
+      scores: float32 [width], cumulative log-probabilities of the running beams, best first. [0] after the end.
+      nodes: their last tokens, None before the first; also emptied at the end.
+      followers: theirs.
       finished: at most `width` hypotheses, best first; of equal ones, the earlier.
       num_generated: length of the running beams without the prompt.
       num_candidates: K. Each beam has as many ways to end as there are end-of-sequence tokens, so that many
@@ -98,6 +115,7 @@ class BeamSearch:
         length_penalty: float,
         early_stopping: bool | Literal["never"],
         eos_token_ids: frozenset[int],
+        follower: Follower | None = None,
     ) -> None:
         self.width = width
         self.num_return = num_return
@@ -109,6 +127,7 @@ class BeamSearch:
         self.scores = np.full(width, UNBORN, np.float32)
         self.scores[0] = 0
         self.nodes: list[Node | None] = [None] * width
+        self.followers: list[Follower | None] = [follower] * width
         self.finished: list[Hypothesis] = []
         self.num_generated = 0
         self.done = False
@@ -125,24 +144,32 @@ class BeamSearch:
           logprobs: entries for the nodes.
 
         Returns:
-          (parent's rank, token) of the new running beams in rank order; [] at `max_length`.
+          (parent's rank, token) of the new running beams in rank order; [] if none are left.
         """
         self.num_generated += 1
         at_limit = self.num_generated == self.max_generated
         choices = list(zip(parents.tolist(), tokens.tolist(), strict=True))
-        nodes = [
-            Node(self.nodes[parent], token, entry)
-            for (parent, token), entry in zip(choices, logprobs or [None] * len(choices), strict=True)
-        ]
-        stops = [token in self.eos_token_ids for _, token in choices]
-        # The lower candidates only replace beams that ended: they go on, but do not finish.
-        for i in range(self.width):
-            if stops[i] or at_limit:
-                self._finish(nodes[i], scores[i], FinishReason.STOP if stops[i] else FinishReason.LENGTH)
-        kept = [] if at_limit else [i for i, stop in enumerate(stops) if not stop][: self.width]
+        entries = logprobs or [None] * len(choices)
+        running: list[tuple[int, Node, Follower | None]] = []
+        for i, ((parent, token), entry) in enumerate(zip(choices, entries, strict=True)):
+            if scores[i] <= UNBORN / 2 or (i >= self.width and len(running) == self.width):
+                break  # of a rank that does not exist, or not allowed; or there are enough
+            node, follower = Node(self.nodes[parent], token, entry), self.followers[parent]
+            ends = token in self.eos_token_ids
+            follower = None if ends or follower is None else follower.follow(token)
+            stop = None if follower is None else follower.stop
+            if not (ends or stop or at_limit):
+                running.append((i, node, follower))
+            # The lower candidates only replace beams that ended: they go on, but do not finish.
+            elif i < self.width:
+                self._finish(node, scores[i], FinishReason.STOP if ends or stop else FinishReason.LENGTH, stop)
+        born = len(running)
+        running += running[:1] * (self.width - born)  # ranks that do not exist go along with the first
+        kept = [i for i, _, _ in running]
         self.scores = scores[kept]
-        self.nodes = [nodes[i] for i in kept]
-        self.done = at_limit or not self._can_improve()
+        self.scores[born:] = UNBORN
+        self.nodes, self.followers = [node for _, node, _ in running], [follower for _, _, follower in running]
+        self.done = not running or not self._can_improve()
         return [choices[i] for i in kept]
 
     def best(self) -> list[Hypothesis]:
@@ -153,13 +180,13 @@ class BeamSearch:
         running = (
             Hypothesis(node, self._penalised(score, self.num_generated), float(score), None)
             for node, score in zip(self.nodes, self.scores, strict=True)
-            if node is not None
+            if node is not None and score > UNBORN / 2
         )
         return [*self.finished, *running][: self.num_return]
 
-    def _finish(self, node: Node, score: np.float32, reason: FinishReason) -> None:
+    def _finish(self, node: Node, score: np.float32, reason: FinishReason, stop: str | None) -> None:
         final = self._penalised(score, self.num_generated)
-        self.finished.append(Hypothesis(node, final, float(score), reason))
+        self.finished.append(Hypothesis(node, final, float(score), reason, stop))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[self.width :]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jpaged.memory import BlockManager
-from jpaged.scheduling.beam_search import BeamSearch, Hypothesis, path
+from jpaged.scheduling.beam_search import BeamSearch, Follower, Hypothesis, path
 from jpaged.scheduling.plan import Edits, StepPlan
 from jpaged.sequence import Sequence, SequenceGroup
 
@@ -31,8 +31,8 @@ class ChosenLogprob(NamedTuple):
     logprob: float
 
 
-def new_search(group: SequenceGroup) -> BeamSearch:
-    """The search that a group's parameters ask for."""
+def new_search(group: SequenceGroup, follower: Follower | None = None) -> BeamSearch:
+    """The search that a group's parameters ask for; `follower` is its bare prompt's."""
     params, first = group.params, group.sequences[0]
     return BeamSearch(
         width=len(group.sequences),
@@ -42,6 +42,7 @@ def new_search(group: SequenceGroup) -> BeamSearch:
         length_penalty=params.length_penalty,
         early_stopping=params.early_stopping,
         eos_token_ids=first.stop_token_ids,
+        follower=follower,
     )
 
 
@@ -126,7 +127,7 @@ def _write(sequence: Sequence, index: int, hypothesis: Hypothesis) -> None:
     sequence.tokens = group.prompt_token_ids + hypothesis.token_ids
     sequence.cumulative_logprob, sequence.score = hypothesis.cumulative_logprob, hypothesis.score
     sequence.finish_reason = hypothesis.finish_reason
-    if hypothesis.node.token in group.params.stop_token_ids:
-        sequence.stop_reason = hypothesis.node.token
+    by_token = hypothesis.node.token in group.params.stop_token_ids
+    sequence.stop_reason = hypothesis.node.token if by_token else hypothesis.stop
     if group.params.logprobs is not None:
         sequence.chosen = hypothesis.logprobs

@@ -33,6 +33,13 @@ class Matcher:
             self._matcher.consume_token(token)
         self._num_consumed = len(tokens)
 
+    def follow(self, token: int) -> "Matcher":
+        """Another matcher, one token further."""
+        twin = self.fork()
+        twin._matcher.consume_token(token)
+        twin._num_consumed += 1
+        return twin
+
     def allowed(self) -> np.ndarray:
         """The tokens that may follow, uint32 [at least ceil(V / 32)]: a bit a token. See `error` afterwards."""
         return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
@@ -56,15 +63,22 @@ def masks_of(plan: "StepPlan", vocab_size: int) -> Masks:
     The tokens of the steps before it must have been read.
     """
     allowed = np.full((plan.bucket.num_results, -(-vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-    failed = []
-    for mask, sequence in zip(allowed, plan.sampling, strict=False):  # results are padded
-        matcher = sequence.matcher
-        if matcher is None or sequence.finished:
-            continue
-        matcher.advance(sequence.output_token_ids)
+    failed: list[tuple[Sequence, str]] = []
+
+    def restrict(mask: np.ndarray, sequences: "list[Sequence]", matcher: Matcher) -> None:
         tokens = matcher.allowed()
         if (error := matcher.error) is not None:
-            failed.append((sequence, error))
+            failed.extend((sequence, error) for sequence in sequences)
         else:
             mask[:] = tokens[: len(mask)]
+
+    for mask, sequence in zip(allowed, plan.sampling, strict=False):  # results are padded
+        if sequence.matcher is not None and not sequence.finished:
+            sequence.matcher.advance(sequence.output_token_ids)
+            restrict(mask, [sequence], sequence.matcher)
+    for group, members in plan.beams:
+        if group.params.structured_outputs is None or group.finished:
+            continue
+        for member, follower in zip(members, group.beams.followers, strict=True):  # type: ignore[union-attr]
+            restrict(allowed[member], group.sequences, follower.matcher)
     return Masks(allowed, failed)
