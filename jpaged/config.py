@@ -21,7 +21,7 @@ class EngineConfig:
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and KV cache. auto: float32 on CPU, bfloat16 on GPU; live parameters are served as they are."""
+    """Of weights and computation. auto: float32 on CPU, bfloat16 on GPU; live parameters are served as they are."""
     tensor_parallel_size: int = 1
     """Devices that share each layer's weights and KV heads; it divides the model's attention heads."""
     seed: int = 0
@@ -34,6 +34,8 @@ class EngineConfig:
     """Most tokens in one step; None: max_num_seqs plus 512 (CPU) or 2048 (GPU). Smaller: shorter waits for tokens."""
     block_size: int = 16
     """Tokens of one KV cache block."""
+    kv_cache_dtype: Literal["auto", "int8", "fp8"] = "auto"
+    """Of keys and values. auto: dtype. int8 and fp8 (e4m3) take half of bfloat16's memory; see docs/kernels.md."""
     num_gpu_blocks_override: int | None = None
     """Blocks of the pool (on whatever device), instead of a memory budget."""
     kv_cache_memory_bytes: int | None = None
@@ -83,6 +85,7 @@ class EngineConfig:
             )
         for name, allowed in (
             ("dtype", ("auto", "float32", "bfloat16")),
+            ("kv_cache_dtype", ("auto", "int8", "fp8")),
             ("scheduling_policy", ("fcfs", "priority")),
             ("preemption_mode", ("auto", "swap", "recompute")),
         ):

@@ -29,6 +29,7 @@ from jpaged.runtime.kv_pool import (
     available_host_memory,
     blocks_in_budget,
     cpu_budget,
+    pool_dtype,
     stable_blocks,
     swap_blocks,
 )
@@ -142,11 +143,12 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
         params = jax.device_put(checkpoint.params)
     else:
         params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
+    kept_as = pool_dtype(config.kv_cache_dtype, checkpoint.config, limits.dtype)
     return Runner(
         source.module(checkpoint.config, limits.dtype),
         params,
         checkpoint.config,
-        KVPoolSpec.of(checkpoint.config, limits.dtype, 2, config.block_size, mesh),
+        KVPoolSpec.of(checkpoint.config, kept_as, 2, config.block_size, mesh),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         tile_size=config.prefill_tile_size,

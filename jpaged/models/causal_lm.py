@@ -19,8 +19,9 @@ from jpaged.models.config import ModelConfig
 from jpaged.models.layers import DecoderLayer
 from jpaged.models.layout import PagedLayout
 from jpaged.models.rope import cos_sin
+from pallas_kernels.paged_attention import KV
 
-Pool = tuple[jax.Array, ...]
+Pool = tuple[KV, ...]
 """One array of blocks per layer; see `pallas_kernels.paged_attention` for the layout."""
 
 
@@ -120,7 +121,7 @@ class CausalLM(nn.Module):
         x = self.embed(tokens, positions)
         ropes = {layer.layer.rope for layer in self.layers}
         angles = {rope: rope and cos_sin(rope, self.config.rotary_head_dim, positions) for rope in ropes}
-        pools: list[jax.Array | None] = []
+        pools: list[KV | None] = []
         for i, layer in enumerate(self.layers):
             x, kv = self._run(layer, x, angles[layer.layer.rope], None if pool is None else pool[i], layout)
             pools.append(kv)

@@ -16,6 +16,7 @@ from jpaged.models.layout import PagedLayout
 from jpaged.models.llama import LlamaLayer
 from jpaged.models.moe import GatedExperts
 from jpaged.models.rope import rotate
+from pallas_kernels.paged_attention import KV
 
 _LATENT_EPS = 1e-6  # whatever the configuration says of the other norms
 
@@ -29,8 +30,8 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         """As `jpaged.models.layers.Attention`."""
         config, rank, nope = self.config, self.config.kv_lora_rank, self.config.qk_nope_head_dim
         heads, lead = config.num_attention_heads, x.shape[:-1]

@@ -14,6 +14,7 @@ from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import Gemma2Config
 from jpaged.models.layers import Angles, Attention, DecoderLayer, GatedMLP
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class GemmaRMSNorm(nn.Module):
@@ -62,8 +63,8 @@ class Gemma2Layer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = self.attention_class(self.config, self.dtype, self.layer, name="self_attn")
         attended, kv = attention(self.norm("input_layernorm")(x), angles, kv, layout)
         x = x + self.norm("post_attention_layernorm")(attended)

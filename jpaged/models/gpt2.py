@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.layers import MLP, Angles, Attention, DecoderLayer
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class GPT2Attention(Attention):
@@ -25,8 +26,8 @@ class GPT2Layer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = GPT2Attention(self.config, self.dtype, self.layer, name="attn")
         attended, kv = attention(self.layer_norm("ln_1")(x), angles, kv, layout)
         x = x + attended

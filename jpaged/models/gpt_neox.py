@@ -7,6 +7,7 @@ from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import GPTNeoXConfig
 from jpaged.models.layers import MLP, Angles, Attention, DecoderLayer
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class GPTNeoXAttention(Attention):
@@ -28,8 +29,8 @@ class GPTNeoXLayer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = GPTNeoXAttention(self.config, self.dtype, self.layer, name="attention")
         mlp = MLP(self.config, self.dtype, ("dense_h_to_4h", "dense_4h_to_h"), name="mlp")
         attended, kv = attention(self.layer_norm("input_layernorm")(x), angles, kv, layout)

@@ -7,6 +7,7 @@ from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import GraniteConfig
 from jpaged.models.layers import Angles, Attention, DecoderLayer, GatedMLP
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class GraniteLayer(DecoderLayer):
@@ -16,8 +17,8 @@ class GraniteLayer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         factor = self.config.residual_multiplier
         attention = Attention(self.config, self.dtype, self.layer, name="self_attn")
         attended, kv = attention(self.rms_norm("input_layernorm")(x), angles, kv, layout)

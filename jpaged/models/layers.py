@@ -13,7 +13,7 @@ from jpaged.models.config import LayerConfig, ModelConfig
 from jpaged.models.layout import PagedLayout
 from jpaged.models.rope import rotate
 from jpaged.models.sharding import HEADS, POOL, TENSOR, split
-from pallas_kernels.paged_attention import paged_decode_attention, paged_prefill_attention, write_kv
+from pallas_kernels.paged_attention import KV, paged_decode_attention, paged_prefill_attention, pool_values, write_kv
 
 Angles = tuple[jax.Array, jax.Array] | None
 """cos and sin of a layer's positions, float32 [*positions.shape, rotary dim / 2]; None: nothing is rotated."""
@@ -35,8 +35,8 @@ class DecoderLayer(nn.Module):
     layer: LayerConfig
 
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         """x [B, T, E] without a pool, [T, E] with one. Returns (x, the layer's pool)."""
         raise NotImplementedError
 
@@ -94,8 +94,8 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         """x [B, T, E] without a pool, [T, E] with one. Returns (output like x, the layer's pool)."""
         q, k, v = self.project(x)
         if angles is not None:
@@ -152,14 +152,14 @@ def attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    kv: jax.Array | None,
+    kv: KV | None,
     layout: PagedLayout | None,
     *,
     scale: float,
     sliding_window: int | None = None,
     logit_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, KV | None]:
     """Causal attention of new tokens to themselves and to what the pool holds.
 
     Args:
@@ -175,14 +175,14 @@ def attend(
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "logit_soft_cap": logit_soft_cap}
     if kv is None or layout is None:
         return _dense(q, k, v, sinks=sinks, **options), kv
-    repeats = kv.shape[2] // k.shape[1]
+    repeats = pool_values(kv).shape[2] // k.shape[1]
     if repeats > 1:
         k, v = jnp.repeat(k, repeats, axis=1), jnp.repeat(v, repeats, axis=1)
     paged = functools.partial(_paged, **options)
     return split(paged, (HEADS, HEADS, HEADS, POOL, P(), P(TENSOR)), (HEADS, POOL))(q, k, v, kv, layout, sinks)
 
 
-def _paged(q, k, v, kv, layout: PagedLayout, sinks, **options: Any) -> tuple[jax.Array, jax.Array]:
+def _paged(q, k, v, kv, layout: PagedLayout, sinks, **options: Any) -> tuple[jax.Array, KV]:
     """Attention over the pool; on a mesh, of one device's heads."""
     options["sinks"] = sinks
     narrower = v.shape[-1] < k.shape[-1]

@@ -8,6 +8,7 @@ import jax
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.layers import Angles, Attention, DecoderLayer, GatedMLP
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class LlamaLayer(DecoderLayer):
@@ -18,8 +19,8 @@ class LlamaLayer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = self.attention_class(self.config, self.dtype, self.layer, name="self_attn")
         attended, kv = attention(self.rms_norm("input_layernorm")(x), angles, kv, layout)
         x = x + attended

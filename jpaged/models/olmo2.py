@@ -6,6 +6,7 @@ import jax
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.layers import Angles, Attention, DecoderLayer, GatedMLP
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class Olmo2Attention(Attention):
@@ -24,8 +25,8 @@ class Olmo2Layer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = Olmo2Attention(self.config, self.dtype, self.layer, name="self_attn")
         attended, kv = attention(x, angles, kv, layout)
         x = x + self.rms_norm("post_attention_layernorm")(attended)

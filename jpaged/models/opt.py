@@ -10,6 +10,7 @@ from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import OPTConfig
 from jpaged.models.layers import ACTIVATIONS, Angles, Attention, DecoderLayer
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 _FIRST_POSITION = 2
 
@@ -27,8 +28,8 @@ class OPTLayer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         before = self.config.do_layer_norm_before
         norm = self.layer_norm("self_attn_layer_norm")
         attention = OPTAttention(self.config, self.dtype, self.layer, name="self_attn")

@@ -6,6 +6,7 @@ import jax
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.layers import MLP, Angles, Attention, DecoderLayer
 from jpaged.models.layout import PagedLayout
+from pallas_kernels.paged_attention import KV
 
 
 class Starcoder2Layer(DecoderLayer):
@@ -13,8 +14,8 @@ class Starcoder2Layer(DecoderLayer):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, angles: Angles, kv: jax.Array | None, layout: PagedLayout | None
-    ) -> tuple[jax.Array, jax.Array | None]:
+        self, x: jax.Array, angles: Angles, kv: KV | None, layout: PagedLayout | None
+    ) -> tuple[jax.Array, KV | None]:
         attention = Attention(self.config, self.dtype, self.layer, name="self_attn")
         attended, kv = attention(self.layer_norm("input_layernorm")(x), angles, kv, layout)
         x = x + attended

@@ -1,22 +1,35 @@
-"""The KV pool: all blocks of all layers, as one array a layer, and how many of them the memory budget gives."""
+"""The KV pool: all blocks of all layers, as one array a layer, and how many of them the memory budget gives.
+
+A layer of a quantised pool is two arrays: 8-bit values, and a scale for each token and head
+(`pallas_kernels.paged_attention.QuantizedKV`).
+"""
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from jpaged.errors import OutOfMemoryError
+from jpaged.errors import InvalidConfigError, OutOfMemoryError
 from jpaged.models.config import ModelConfig
 from jpaged.models.sharding import POOL, pool_heads
-from pallas_kernels.paged_attention import pool_shape
+from pallas_kernels.paged_attention import KV, QuantizedKV, pool_shape
+from pallas_kernels.paged_attention.quantized import LARGEST
+
+_QUANTIZED = {"int8": "int8", "fp8": "float8_e4m3fn"}
+"""What `EngineConfig.kv_cache_dtype` means."""
+_SCALE = jnp.dtype("float32")
 
 
 @dataclasses.dataclass(frozen=True)
 class KVPoolSpec:
     """Shape of a pool.
 
-    A pool itself is a plain tuple with one array a layer, so that models take it as they take any pytree.
+    A pool itself is a plain tuple with one array a layer (or `QuantizedKV`), so that models take it as they take any
+    pytree.
     """
 
     num_layers: int
@@ -26,6 +39,7 @@ class KVPoolSpec:
     num_kv_heads: int
     head_dim: int
     dtype: jnp.dtype
+    """Of the values. An 8-bit one makes a quantised pool."""
     parts: int = 2
     """Keys and values; 1: keys alone, which are values too."""
     mesh: Mesh | None = None
@@ -44,10 +58,14 @@ class KVPoolSpec:
         return pool_shape(self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim, self.parts)
 
     @property
+    def quantized(self) -> bool:
+        return self.dtype.name in LARGEST
+
+    @property
     def block_bytes(self) -> int:
         """Bytes of one block: what all layers keep of `block_size` tokens, on all devices together."""
-        values = self.parts * self.num_layers * self.block_size * self.num_kv_heads * self.head_dim
-        return values * self.dtype.itemsize
+        vectors = self.parts * self.num_layers * self.block_size * self.num_kv_heads
+        return vectors * (self.head_dim * self.dtype.itemsize + (_SCALE.itemsize if self.quantized else 0))
 
     @property
     def device_block_bytes(self) -> int:
@@ -60,15 +78,41 @@ class KVPoolSpec:
 
     @property
     def sharding(self) -> Sharding | None:
-        """Of every layer's array; None: JAX's default device."""
+        """Of every layer's arrays; None: JAX's default device."""
         return None if self.mesh is None else NamedSharding(self.mesh, POOL)
 
-    def abstract(self) -> tuple[jax.ShapeDtypeStruct, ...]:
-        return (jax.ShapeDtypeStruct(self.layer_shape, self.dtype, sharding=self.sharding),) * self.num_layers
+    def abstract(self) -> tuple[Any, ...]:
+        """The pool with a `jax.ShapeDtypeStruct` for each array."""
+        return self._layers(functools.partial(jax.ShapeDtypeStruct, sharding=self.sharding))
 
-    def allocate(self) -> tuple[jax.Array, ...]:
+    def allocate(self) -> tuple[KV, ...]:
         """A pool of zeros. Zeros matter: what padding reads must be finite."""
-        return tuple(jnp.zeros(self.layer_shape, self.dtype, device=self.sharding) for _ in range(self.num_layers))
+        return self._layers(functools.partial(jnp.zeros, device=self.sharding))
+
+    def _layers(self, make: Callable[[tuple[int, ...], jnp.dtype], Any]) -> tuple[Any, ...]:
+        shape = self.layer_shape
+
+        def layer():
+            values = make(shape, self.dtype)
+            return QuantizedKV(values, make(shape[:-1], _SCALE)) if self.quantized else values
+
+        return tuple(layer() for _ in range(self.num_layers))
+
+
+def pool_dtype(kv_cache_dtype: str, model: ModelConfig, dtype: jnp.dtype) -> jnp.dtype:
+    """What the pool holds of a model that computes in `dtype`, where `EngineConfig.kv_cache_dtype` is this.
+
+    Raises:
+      InvalidConfigError: the model's cache cannot be quantised.
+    """
+    if kv_cache_dtype == "auto":
+        return dtype
+    if model.cache_shape[0] == 1:
+        raise InvalidConfigError(
+            f"kv_cache_dtype={kv_cache_dtype!r} is not for multi-head latent attention: its latents and their rotated "
+            "key, whose sizes differ, would share one scale. Leave it at auto; the latents are small already."
+        )
+    return jnp.dtype(_QUANTIZED[kv_cache_dtype])
 
 
 def blocks_in_budget(budget_bytes: int, spec: KVPoolSpec, useful_blocks: int) -> int:

@@ -33,6 +33,7 @@ from jpaged.runtime.swapping import Swapper
 from jpaged.scheduling.beams import Candidates
 from jpaged.scheduling.plan import Bucket, StepPlan, Variant
 from jpaged.sequence import Sequence
+from pallas_kernels.paged_attention import KV
 
 Params = dict[str, Any]
 
@@ -110,7 +111,7 @@ class Runner:
         """Activations that steps return from now on."""
         self.on_captured: Callable[[StepPlan, jax.Array], None] = lambda plan, captured: None
         """Called with a launched step's, float32 [tokens of the bucket, sites, layers, E], on their way."""
-        self.pool: tuple[jax.Array, ...] = ()
+        self.pool: tuple[KV, ...] = ()
         self.state = jax.eval_shape(self._make_state)
         self._everywhere = None if pool.mesh is None else NamedSharding(pool.mesh, PartitionSpec())
         on_rows = functools.partial(jax.jit, donate_argnums=0, out_shardings=self._everywhere)
@@ -120,7 +121,7 @@ class Runner:
         """Makes the pool and the batch state."""
         self.spec = dataclasses.replace(self.spec, num_blocks=num_blocks)
         self.pool = self.spec.allocate()
-        self.swapper = Swapper(self.spec.block_bytes, self.pool[0].sharding)
+        self.swapper = Swapper(self.spec.block_bytes, jax.tree.leaves(self.pool)[0].sharding)
         self.state = jax.jit(self._make_state, out_shardings=self._everywhere)()
 
     @property

@@ -12,11 +12,12 @@ import numpy as np
 from jax.sharding import Sharding
 
 from pallas_kernels.block_copy import gather_blocks, scatter_blocks
+from pallas_kernels.paged_attention import KV, pool_values
 
 CHUNKS = (64, 8)
 """Blocks that move in one call; the rest is padded to the smallest that holds it."""
 
-Pool = tuple[jax.Array, ...]
+Pool = tuple[KV, ...]
 
 
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ class Swapper:
         """Writes what was swapped out as number indices[i] into blocks[i] (int32 [n] each); the pool is donated."""
         jax.block_until_ready(pool)
         start = time.perf_counter()
-        sizes = [len(chunk[0]) for chunk in contents]
+        sizes = [len(pool_values(chunk[0])) for chunk in contents]
         targets = np.zeros(sum(sizes), np.int32)  # what is not wanted back goes to the null block
         targets[indices] = blocks
         for chunk, target in zip(contents, np.split(targets, np.cumsum(sizes)[:-1]), strict=True):

@@ -6,14 +6,16 @@ from pallas_kernels.paged_attention.api import (
     pool_shape,
     write_kv,
 )
-from pallas_kernels.paged_attention.quantized import QuantizedKV
+from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
 __all__ = [
+    "KV",
     "QuantizedKV",
     "SharedPrefixes",
     "paged_decode_attention",
     "paged_prefill_attention",
     "pool_shape",
+    "pool_values",
     "write_kv",
 ]

@@ -248,6 +248,25 @@ def test_quantised_within_the_stated_bound(dtype, bound):
         assert (error <= bound * size * 1.0001).all()
 
 
+@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize(("dtype", "bound"), [("int8", 0.5 / 127), ("float8_e4m3fn", 1 / 16)])
+def test_attention_over_a_quantised_pool_within_the_stated_bound(dtype, bound, implementation):
+    """Of docs/kernels.md, against the float64 oracle over what was written, not over what was kept of it."""
+    made = make("smollm2")
+    quantised = made._replace(kv=QuantizedKV(*quantize(made.kv, dtype)))
+    got = np.asarray(decode(quantised, implementation=implementation))
+    real = (made.lengths > 0).astype(np.int32)
+    wanted, _ = paged_attention(made.q, made.kv, made.tables, made.lengths - 1, real, **made.options)
+    q, kv = np.abs(made.q[:, 0]), np.abs(made.kv)
+    key, value = float(kv[:, 0].max()), float(kv[:, 1].max())
+    shift = made.options["scale"] * q.sum(-1, keepdims=True) * bound * key  # of a score, at most [R, Hq, 1]
+    limit = bound * value + value * np.expm1(2 * shift)
+    error = np.abs(got - wanted[:, 0])
+    assert (error <= limit).all()
+    typical = {"int8": 0.01, "float8_e4m3fn": 0.04}[dtype]
+    assert np.sqrt((error**2).mean() / (wanted**2).mean()) < typical, "far below the bound, which takes signs to agree"
+
+
 def test_a_batch_of_pools():
     """`jax.vmap` over everything is a loop of calls."""
     made = [make("smollm2", seed=seed) for seed in (0, 1)]

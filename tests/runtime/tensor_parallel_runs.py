@@ -33,7 +33,8 @@ COLLECTIVES = r"= ([^=]*?) (all-reduce|all-gather|all-to-all|collective-permute|
 
 
 def pool_pointers(llm: LLM) -> list[int]:
-    return [shard.data.unsafe_buffer_pointer() for kv in llm.engine.runner.pool for shard in kv.addressable_shards]
+    leaves = jax.tree.leaves(llm.engine.runner.pool)
+    return [shard.data.unsafe_buffer_pointer() for leaf in leaves for shard in leaf.addressable_shards]
 
 
 def collectives(compiled) -> list[tuple[str, int]]:
@@ -75,9 +76,10 @@ def golden(name: str, size: int) -> dict:
     }
 
 
-def everything_at_once(size: int) -> dict:
+def everything_at_once(size: int, kv_cache_dtype: str = "auto") -> dict:
     """Samples, beams and copy-on-write in a pool that is too small, so that groups are swapped."""
     settings = {**SMALL, "num_gpu_blocks_override": 26, "max_num_seqs": 8, "max_num_batched_tokens": 8 + 16}
+    settings["kv_cache_dtype"] = kv_cache_dtype
     llm = LLM(model=str(GOLDENS / "models" / "llama"), tensor_parallel_size=size, **settings)
     before = pool_pointers(llm)
     samples = SamplingParams(n=3, temperature=0.8, seed=1, max_tokens=20, ignore_eos=True, logprobs=0, detokenize=False)
@@ -120,6 +122,7 @@ if __name__ == "__main__":
             {
                 "models": {name: golden(name, size) for name, size in SIZES.items()},
                 "everything": {size: everything_at_once(size) for size in (1, 2)},
+                "quantized": {size: everything_at_once(size, "int8") for size in (1, 2)},
                 "eight": {size: eight_heads(size) for size in (1, 8)},
                 "refusals": refusals(),
             }

@@ -57,8 +57,9 @@ def test_parameters_are_divided(runs):
         assert share < 1.5 / seen["size"], f"{name}: {share:.2f} of the parameters on each of {seen['size']}"
 
 
-def test_samples_beams_copies_and_swaps_are_those_of_one_device(runs):
-    one, two = runs["everything"]["1"], runs["everything"]["2"]
+@pytest.mark.parametrize("pool", ["everything", "quantized"])
+def test_samples_beams_copies_and_swaps_are_those_of_one_device(runs, pool):
+    one, two = runs[pool]["1"], runs[pool]["2"]
     assert two == one
     assert two["swaps"] > 0
     assert two["copies"] > 0
