@@ -20,10 +20,11 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
 from jpaged.config import EngineConfig
-from jpaged.engine import LLMEngine
+from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sequence import Pooling
 from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
 
@@ -108,6 +109,8 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
+        scored_from: int = 0,
+        pooling: Pooling | None = None,
     ) -> Stream:
         """Queues a request; returns when it is accepted.
 
@@ -116,6 +119,7 @@ class AsyncLLM:
           params: how to sample; None: `SamplingParams()`.
           request_id: unique among the unfinished requests; None: made up.
           priority: smaller is served first; needs scheduling_policy="priority".
+          scored_from, pooling: see `LLMEngine.add_request`.
 
         Raises:
           InvalidRequestError: it can't be served as asked.
@@ -129,7 +133,8 @@ class AsyncLLM:
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
-            await self.call(lambda engine: self._add(engine, stream, tokenized, params, priority))
+            options = {"priority": priority, "scored_from": scored_from, "pooling": pooling}
+            await self.call(lambda engine: self._add(engine, stream, tokenized, params, **options))
         except asyncio.CancelledError:
             stream.close()
             raise
@@ -145,6 +150,13 @@ class AsyncLLM:
     async def abort_all(self) -> None:
         """Ends every request, as `abort` does."""
         await self.call(lambda engine: engine.abort_all())
+
+    async def update_weights(self, params: Any, *, in_flight: InFlight = "recompute") -> int:
+        """Serves other parameters from the next step on. Arguments, result and errors are `LLM.update_weights`'.
+
+        Requests go on meanwhile as `in_flight` says; their readers notice nothing else.
+        """
+        return await self.call(lambda engine: engine.update_weights(params, in_flight=in_flight))
 
     async def pause(self) -> None:
         """Stops computing after the step that is running; requests wait, new ones are taken."""
@@ -253,7 +265,7 @@ class AsyncLLM:
         except Exception as error:
             done.set_exception(error)
 
-    def _add(self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, priority: int) -> None:
+    def _add(self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, **options: Any) -> None:
         waiting, most = engine.scheduler.num_waiting, self._max_reqs
         tokens, most_tokens = engine.scheduler.num_waiting_tokens, self._max_tokens
         if most is not None and waiting >= most:
@@ -268,7 +280,7 @@ class AsyncLLM:
             )
         if params.output_kind is RequestOutputKind.DELTA:
             params = dataclasses.replace(params, output_kind=RequestOutputKind.CUMULATIVE)  # streams cut
-        engine.add_request(stream.request_id, prompt, params, priority=priority)
+        engine.add_request(stream.request_id, prompt, params, **options)
         self._streams.open(stream.request_id, kept=False)
         self._streams.join(stream)
 

@@ -6,11 +6,12 @@ import threading
 import time
 from contextlib import aclosing
 
+import jax
 import pytest
 
 from jpaged import SamplingParams
 from jpaged.async_engine import AsyncLLM
-from jpaged.errors import EngineDeadError, InvalidRequestError, QueueFullError
+from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError, QueueFullError
 from jpaged.sampling_params import RequestOutputKind
 from tests.engine.support import run
 
@@ -333,3 +334,48 @@ def test_many_requests_leave_nothing_behind(make):
         assert [o for o in remains() if id(o) not in others] == []
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def weights(tiny):
+    """The shared runner's own, which it gets back, and others."""
+    runner = tiny().runner
+    old = runner.params
+    yield old, jax.tree.map(lambda leaf: leaf * 1.5, old)
+    runner.params = old
+
+
+def test_updated_weights_are_served_from_the_next_step_on(make, tiny, weights):
+    """The tokens that a stream has stay; those that follow are the new weights' alone."""
+    engine = tiny(enable_prefix_caching=False)
+    [before] = offline(engine, [prompt_of(3, 4, 5)], [SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)])
+    llm, asked = make(tiny(enable_prefix_caching=False)), threading.Event()
+    # The fifth token waits for the update to be asked for, and the engine with it.
+    llm.on_outputs = lambda outputs: any(len(o.outputs[0].token_ids) == 5 for o in outputs) and asked.wait(60)
+
+    async def main():
+        stream = await llm.submit(prompt_of(3, 4, 5), LONG)
+        tokens = (await anext(stream)).outputs[0].token_ids
+        while len(tokens) < 4:
+            tokens += (await anext(stream)).outputs[0].token_ids
+        update = asyncio.create_task(llm.update_weights(weights[1]))
+        await asyncio.sleep(0)
+        asked.set()
+        assert await update == 1
+        tokens += (await collect(stream))[1]
+        await llm.pause()
+        aborted = await llm.submit("B", LONG)
+        assert await llm.update_weights(weights[0], in_flight="abort") == 2
+        [last] = [output async for output in aborted if output.finished]
+        assert last.outputs[0].finish_reason == "abort"
+        with pytest.raises(InvalidConfigError, match="in_flight"):
+            await llm.update_weights(weights[0], in_flight="later")
+        return tokens
+
+    got = asyncio.run(main())
+    common = next(i for i, (a, b) in enumerate(zip(got, before.token_ids, strict=True)) if a != b)
+    assert common >= 5
+    engine.update_weights(weights[1])
+    rest = SamplingParams(temperature=0, max_tokens=200 - common, ignore_eos=True)
+    [after] = offline(engine, [prompt_of(3, 4, 5, *got[:common])], [rest])
+    assert got[common:] == after.token_ids

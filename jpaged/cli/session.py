@@ -73,6 +73,8 @@ def describe(key: tuple, tile_size: int) -> str:
             return f"a step for {rows}{prompts}"
         case ("sample", count, _):
             return f"the sampler for {count} row{'s' if count > 1 else ''}"
+        case ("pool", _):
+            return "embeddings"
     return "prompt log-probabilities"
 
 

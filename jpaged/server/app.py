@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 import jpaged
 from jpaged.async_engine import AsyncLLM
-from jpaged.server import admin, chat, completions, errors, status, tokenize
+from jpaged.server import admin, chat, completions, embeddings, errors, score, status, tokenize
 from jpaged.server.config import ServerConfig
 from jpaged.server.metrics import Metrics
 from jpaged.server.middleware import Guard, Limits, RequestIds
@@ -36,6 +36,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     for router in (
         completions.router_of(service),
         chat.router_of(service),
+        embeddings.router_of(service),
+        score.router_of(service),
         tokenize.router_of(service),
         status.router_of(service, metrics),
     ):

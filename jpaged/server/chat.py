@@ -52,7 +52,7 @@ class ChatCompletion:
         prompt = await service.llm.in_worker(
             lambda: render(tokenizer, body.messages, body, with_tools=self._format is not None)
         )
-        prompt = service.check_length(body, prompt, params.max_tokens)
+        prompt = service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens)
         streams = await service.submit(body, self._id, [prompt], params)
         if body.stream:
             return stream_events(service, streams, self._events(streams[0]))

@@ -14,7 +14,6 @@ from jpaged.server.protocol import CompletionRequest
 from jpaged.server.service import Service, TokenizedPrompt, Usage, final_outputs, merged, new_id
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
 from jpaged.streams import Stream
-from jpaged.tokenization import encode_prompt
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer
@@ -47,8 +46,8 @@ class Completions:
     async def run(self, request: Request) -> Response:
         service, body = self._service, self._body
         params = self._params()
-        prompts = await service.llm.in_worker(self._tokenize)
-        prompts = [service.check_length(body, prompt, params.max_tokens) for prompt in prompts]
+        prompts = await service.llm.in_worker(service.tokenize, body.prompt, "prompt")
+        prompts = [service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens) for prompt in prompts]
         streams = await service.submit(body, self._id, prompts, params)
         if body.stream:
             return stream_events(service, streams, self._events(streams, prompts))
@@ -66,21 +65,6 @@ class Completions:
             body = body.model_copy(update={"prompt_logprobs": body.logprobs})
         max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
         return self._service.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
-
-    def _tokenize(self) -> list[TokenizedPrompt]:
-        prompt: Any = self._body.prompt
-        if isinstance(prompt, str) or (prompt and isinstance(prompt[0], int)):
-            prompt = [prompt]
-        if not prompt:
-            raise ApiError(400, "prompt is an empty list.", param="prompt")
-        if len(prompt) > self._service.config.max_prompts:
-            most = self._service.config.max_prompts
-            raise ApiError(400, f"{len(prompt)} prompts are too many; at most {most}.", param="prompt")
-        tokenizer, tokenized = self._service.llm.engine.tokenizer, []
-        for one in prompt:
-            text, tokens, _ = encode_prompt(one if isinstance(one, str) else {"prompt_token_ids": one}, tokenizer)
-            tokenized.append(TokenizedPrompt(text=text, tokens=tokens))
-        return tokenized
 
     # ------------------------------------------------------------------------------------------------- answers
 

@@ -11,6 +11,14 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 Text = Annotated[str, StringConstraints(max_length=4 << 20)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Tokens = Annotated[list[int], Field(max_length=1 << 20)]
+Truncation = Annotated[int | None, Field(ge=1, le=1 << 24)]
+Prompts = (
+    Text
+    | Annotated[list[Text], Field(max_length=1 << 16)]
+    | Tokens
+    | Annotated[list[Tokens], Field(max_length=1 << 16)]
+)
+"""A text, token ids, or several of them."""
 
 
 class Strict(BaseModel):
@@ -47,16 +55,23 @@ class StructuredOutputs(Strict):
     json_object: bool | None = None
 
 
-class Generation(Strict):
-    """What completions and chat completions have in common."""
+class ToTheModel(Strict):
+    """What every request to the model may say."""
 
     model: Name | None = None
-    stream: bool | None = False
-    stream_options: StreamOptions | None = None
     request_id: Name | None = None
     priority: int = Field(0, ge=-(1 << 31), le=(1 << 31) - 1)
     cache_salt: Annotated[str, StringConstraints(max_length=1024)] | None = None
-    truncate_prompt_tokens: int | None = Field(None, ge=1, le=1 << 24)
+    user: Annotated[str, StringConstraints(max_length=1024)] | None = None
+    """Taken, and changes nothing."""
+
+
+class Generation(ToTheModel):
+    """What completions and chat completions have in common."""
+
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    truncate_prompt_tokens: Truncation = None
     return_token_ids: bool | None = False
 
     n: int | None = None
@@ -90,7 +105,6 @@ class Generation(Strict):
     structured_outputs: StructuredOutputs | None = None
 
     # What OpenAI's clients send and what changes nothing here.
-    user: Annotated[str, StringConstraints(max_length=1024)] | None = None
     metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
     safety_identifier: Annotated[str, StringConstraints(max_length=1024)] | None = None
     prompt_cache_key: Annotated[str, StringConstraints(max_length=1024)] | None = None
@@ -101,15 +115,28 @@ class Generation(Strict):
 class CompletionRequest(Generation):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(max_length=1 << 16)]
-        | Tokens
-        | Annotated[list[Tokens], Field(max_length=1 << 16)]
-    )
+    prompt: Prompts
     echo: bool | None = False
     logprobs: int | None = None
     suffix: str | None = None
+
+
+class EmbeddingRequest(ToTheModel):
+    """POST /v1/embeddings."""
+
+    input: Prompts
+    truncate_prompt_tokens: Truncation = None
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    pooling: Literal["last", "mean"] = "last"
+    normalize: bool = True
+
+
+class ScoreRequest(ToTheModel):
+    """POST /v1/score: one prompt for all completions, or one for each."""
+
+    prompts: Prompts
+    completions: Prompts
 
 
 class ContentPart(Strict):

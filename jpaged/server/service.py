@@ -13,11 +13,13 @@ from jpaged.async_engine import AsyncLLM
 from jpaged.errors import InvalidConfigError, InvalidRequestError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sequence import Pooling
 from jpaged.server.config import ServerConfig
 from jpaged.server.errors import ApiError
-from jpaged.server.protocol import Generation
+from jpaged.server.protocol import Generation, ToTheModel
 from jpaged.streams import Stream
 from jpaged.structured.params import StructuredOutputsParams
+from jpaged.tokenization import Prompt, encode_prompt
 
 if TYPE_CHECKING:
     from jpaged.tokenization import Tokenizer, TokensPrompt
@@ -41,6 +43,8 @@ class TokenizedPrompt:
 
     text: str | None
     tokens: list[int]
+    scored_from: int = 0
+    """With prompt_logprobs: the first token that gets them."""
 
 
 class Service:
@@ -101,7 +105,29 @@ class Service:
             )
         return name
 
-    # ---------------------------------------------------------------------------------------------- parameters
+    # ------------------------------------------------------------------------------------- prompts and parameters
+
+    def tokenize(self, prompts: Any, param: str) -> list[TokenizedPrompt]:
+        """The prompts of a request, one or several, as text or token ids. Not for the event loop.
+
+        Args:
+          prompts: `protocol.Prompts`.
+          param: the field that they are.
+
+        Raises:
+          ApiError, InvalidRequestError: they are none, too many, or can't be tokenised.
+        """
+        many = several(prompts)
+        if not many:
+            raise ApiError(400, f"{param} is an empty list.", param=param)
+        if len(many) > self.config.max_prompts:
+            raise ApiError(400, f"{len(many)} are too many; at most {self.config.max_prompts}.", param=param)
+        tokenized = []
+        for one in many:
+            prompt: Prompt = one if isinstance(one, str) else {"prompt_token_ids": one}
+            text, tokens, _ = encode_prompt(prompt, self.llm.engine.tokenizer)
+            tokenized.append(TokenizedPrompt(text=text, tokens=tokens))
+        return tokenized
 
     def sampling_params(
         self,
@@ -136,15 +162,17 @@ class Service:
         given["structured_outputs"] = structure or structure_of(request)
         return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, output_kind=kind)
 
-    def check_length(self, request: Generation, prompt: TokenizedPrompt, max_tokens: int | None) -> TokenizedPrompt:
-        """Cuts the prompt if that was asked for.
+    def check_length(
+        self, prompt: TokenizedPrompt, max_tokens: int | None = None, truncate_to: int | None = None
+    ) -> TokenizedPrompt:
+        """Cuts the prompt to its last tokens if that was asked for.
 
         Raises:
           ApiError: 400, prompt and max_tokens together are longer than the context.
         """
         tokens, most = prompt.tokens, self.llm.engine.max_model_len
-        if request.truncate_prompt_tokens is not None and len(tokens) > request.truncate_prompt_tokens:
-            prompt = TokenizedPrompt(text=None, tokens=tokens[-request.truncate_prompt_tokens :])
+        if truncate_to is not None and len(tokens) > truncate_to:
+            prompt = TokenizedPrompt(text=None, tokens=tokens[-truncate_to:])
         if len(prompt.tokens) + (max_tokens or 1) > most:
             raise ApiError(
                 400,
@@ -157,7 +185,12 @@ class Service:
     # -------------------------------------------------------------------------------------------------- running
 
     async def submit(
-        self, request: Generation, request_id: str, prompts: Sequence[TokenizedPrompt], params: SamplingParams
+        self,
+        request: ToTheModel,
+        request_id: str,
+        prompts: Sequence[TokenizedPrompt],
+        params: SamplingParams,
+        pooling: Pooling | None = None,
     ) -> list[Stream]:
         """Queues a request's prompts; all or none of them."""
         streams: list[Stream] = []
@@ -167,7 +200,15 @@ class Service:
                 if prompt.text is not None:
                     tokens["prompt"] = prompt.text
                 name = request_id if len(prompts) == 1 else f"{request_id}-{i}"
-                streams.append(await self.llm.submit(tokens, params, name, priority=request.priority))
+                stream = await self.llm.submit(
+                    tokens,
+                    params,
+                    name,
+                    priority=request.priority,
+                    scored_from=prompt.scored_from,
+                    pooling=pooling,
+                )
+                streams.append(stream)
         except BaseException:
             close(streams)
             raise
@@ -197,6 +238,11 @@ def structure_of(request: Generation) -> StructuredOutputsParams | None:
     if form.json_schema is None:
         raise ApiError(400, "response_format 'json_schema' needs a json_schema.", param="response_format")
     return StructuredOutputsParams(json=form.json_schema.json_schema)
+
+
+def several(prompts: Any) -> list[Any]:
+    """`protocol.Prompts` as a list of them."""
+    return [prompts] if isinstance(prompts, str) or (prompts and isinstance(prompts[0], int)) else prompts
 
 
 def new_id(prefix: str, given: str | None) -> str:

@@ -9,6 +9,7 @@ from tests.engine.support import llm_of
 from tests.server.support import raw_connection
 
 C, CHAT, T, D = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
+E, S = "/v1/embeddings", "/v1/score"
 HI = [{"role": "user", "content": "Hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 
@@ -105,6 +106,26 @@ BAD = [
     (T, {"prompt": "a", "messages": HI}, 400, "prompt or messages"),
     (D, {"tokens": [-5]}, 400, "vocabulary"),
     (D, {"tokens": "x"}, 400, "tokens"),
+    (E, {}, 400, "input"),
+    (E, {"input": []}, 400, "empty"),
+    (E, {"input": ""}, 400, "empty"),
+    (E, {"input": [384]}, 400, "outside the vocabulary"),
+    (E, {"input": [3] * 256}, 400, "maximum context length"),
+    (E, {"input": "a", "dimensions": 7}, 400, "dimensions"),
+    (E, {"input": "a", "dimensions": "7"}, 400, "dimensions"),
+    (E, {"input": "a", "encoding_format": "hex"}, 400, "encoding_format"),
+    (E, {"input": "a", "pooling": "max"}, 400, "pooling"),
+    (E, {"input": "a", "max_tokens": 3}, 400, "max_tokens"),
+    (E, {"input": ["a"] * 300}, 400, "too many"),
+    (E, {"input": "a", "model": "gpt-4"}, 404, "does not exist"),
+    (S, {"prompts": "a"}, 400, "completions"),
+    (S, {"prompts": "a", "completions": []}, 400, "completions"),
+    (S, {"prompts": "a", "completions": [""]}, 400, "a completion is empty"),
+    (S, {"prompts": "", "completions": ["a"]}, 400, "empty"),
+    (S, {"prompts": ["a", "b"], "completions": ["a"]}, 400, "as many completions"),
+    (S, {"prompts": "a", "completions": ["a"] * 300}, 400, "completions"),
+    (S, {"prompts": [3] * 200, "completions": [3] * 100}, 400, "maximum context length"),
+    (S, {"prompts": "a", "completions": [[-1]]}, 400, "outside the vocabulary"),
     ("/v1/nothing", {}, 404, "Not Found"),
     ("/health", {}, 405, "Not Allowed"),
     ("/pause", {}, 404, "Not Found"),
