@@ -1,16 +1,18 @@
 """Snapshots as differences, small enough that thousands of steps make a page that can be mailed.
 
     difference(before, after) -> Frame          plain JSON; only what changed
-    apply(before, frame) -> after               its exact inverse; replay.html does the same in JavaScript
+    apply(before, frame) -> after               its exact inverse; page/pool.js does the same in JavaScript
 
 A frame has these keys, and leaves out those that would be empty. A sequence is named by its place in the list, which
 is ordered by (request, index), after `left` have been taken out of it and `joined` put in.
 
-    requests   [[number, id, status, finish reason, prompt tokens, cached tokens, preemptions, host blocks], ...]
+    requests   [[number, id, status, finish reason, prompt tokens, cached tokens, preemptions, host blocks, arrived,
+                 waited], ...]
     forgotten  [number, ...]                                     requests that are looked at no longer
     left       [place before, ...]      joined  [request, index, ...]
     next       [token or -1, ...]       one for each sequence that held blocks before: most gain one token a step
     tokens     [[place, kept, token, ...], ...]                  any other change: the first `kept` stay
+    lengths    [place, tokens, ...]     instead of both, where a snapshot says how many tokens there are and not which
     grown      [place, block, ...]      one block more
     blocks     [[place, kept, block, ...], ...]                  any other change
     written    [place, tokens, ...]     where it is not what `_expected` says; and so for `placed`
@@ -22,6 +24,7 @@ is ordered by (request, index), after `left` have been taken out of it and `join
 import bisect
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from jpaged.memory_view.snapshot import Counters, PoolShape, RequestState, SequenceState, Snapshot, Status
@@ -48,6 +51,7 @@ def difference(before: Snapshot, after: Snapshot) -> Frame:
         "joined": [part for s in after.sequences if _key(s) not in old for part in _key(s)],
         "next": [],
         "tokens": [],
+        "lengths": [],
         "grown": [],
         "blocks": [],
         "written": [],
@@ -63,12 +67,11 @@ def difference(before: Snapshot, after: Snapshot) -> Frame:
 
 
 def _add_sequence(frame: Frame, place: int, old: SequenceState, new: SequenceState) -> None:
-    one_more = len(new.tokens) == len(old.tokens) + 1 and new.tokens[:-1] == old.tokens
-    if old.blocks:
-        frame["next"].append(new.tokens[-1] if one_more else _NO_TOKEN)
-    if new.tokens != old.tokens and not (old.blocks and one_more):
-        kept = _common(old.tokens, new.tokens)
-        frame["tokens"].append([place, kept, *new.tokens[kept:]])
+    if isinstance(new.tokens, range):
+        if len(new.tokens) != len(old.tokens):
+            frame["lengths"] += [place, len(new.tokens)]
+    else:
+        _add_tokens(frame, place, old, new)
     if new.blocks != old.blocks:
         kept = _common(old.blocks, new.blocks)
         if kept == len(old.blocks) == len(new.blocks) - 1:
@@ -80,6 +83,15 @@ def _add_sequence(frame: Frame, place: int, old: SequenceState, new: SequenceSta
         frame["written"] += [place, new.written]
     if new.placed != placed:
         frame["placed"] += [place, new.placed]
+
+
+def _add_tokens(frame: Frame, place: int, old: SequenceState, new: SequenceState) -> None:
+    one_more = len(new.tokens) == len(old.tokens) + 1 and new.tokens[:-1] == old.tokens
+    if old.blocks:
+        frame["next"].append(new.tokens[-1] if one_more else _NO_TOKEN)
+    if new.tokens != old.tokens and not (old.blocks and one_more):
+        kept = _common(old.tokens, new.tokens)
+        frame["tokens"].append([place, kept, *new.tokens[kept:]])
 
 
 def apply(before: Snapshot, frame: Frame) -> Snapshot:
@@ -105,12 +117,14 @@ def apply(before: Snapshot, frame: Frame) -> Snapshot:
 
 def _apply_to_sequences(old: list[SequenceState], frame: Frame) -> tuple[SequenceState, ...]:
     tokens, blocks = [s.tokens for s in old], [s.blocks for s in old]
+    for place, length in itertools.batched(frame.get("lengths", ()), 2):
+        tokens[place] = range(length)
     holders = (place for place, s in enumerate(old) if s.blocks)
     for place, token in zip(holders, frame.get("next", ()), strict=False):
         if token != _NO_TOKEN:
-            tokens[place] += (token,)
+            tokens[place] = (*tokens[place], token)
     for place, kept, *rest in frame.get("tokens", ()):
-        tokens[place] = tokens[place][:kept] + tuple(rest)
+        tokens[place] = (*tokens[place][:kept], *rest)
     for place, block in itertools.batched(frame.get("grown", ()), 2):
         blocks[place] += (block,)
     for place, kept, *rest in frame.get("blocks", ()):
@@ -137,7 +151,7 @@ def _apply_to_sequences(old: list[SequenceState], frame: Frame) -> tuple[Sequenc
 
 
 def _expected(
-    old: SequenceState, tokens: tuple[int, ...], blocks: tuple[int, ...], written: int | None
+    old: SequenceState, tokens: Sequence[int], blocks: tuple[int, ...], written: int | None
 ) -> tuple[int, int]:
     """(written, placed) of a sequence that does what most do: what need not be said.
 
@@ -150,7 +164,7 @@ def _expected(
     return expected, max(filled, old.placed) if old.blocks else len(tokens)
 
 
-def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
     """How many items at their beginnings are equal."""
     shorter = min(len(one), len(other))
     if one[:shorter] == other[:shorter]:

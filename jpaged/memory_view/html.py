@@ -1,10 +1,13 @@
-"""A recording as one page: data, program and style in a single file that loads nothing and sends nothing.
+"""A recording as one page: data, program and style in a single file that loads nothing and sends nothing. And the page
+that shows a server's pool as it is now, which asks its server for nothing but that.
 
 The texts in it are whatever users sent. They reach the page as JSON in which no `<` is left, so that nothing can end
 the script element that they stand in, and the program only ever writes them as text. A content security policy in the
 page forbids every address.
 """
 
+import base64
+import hashlib
 import html
 import importlib.resources
 import itertools
@@ -17,21 +20,45 @@ from jpaged.memory_view.snapshot import Measures
 if TYPE_CHECKING:
     from jpaged.memory_view.recorder import Recording
 
-SCRIPTS = ("replay.js", "theme.js", "map.js", "timeline.js", "panels.js", "main.js")
+LIVE_SCRIPTS = ("pool.js", "theme.js", "map.js", "panels.js", "chart.js", "live_panels.js", "live.js")
+SCRIPTS = ("pool.js", "replay.js", "theme.js", "map.js", "timeline.js", "panels.js", "main.js")
 NOTEBOOK_HEIGHT = 760
 
 
 def page(recording: "Recording") -> str:
     """The whole page, as text."""
-    rest, pieces = _read("page.html"), []
-    for marker, content in (  # in the order of the template: no marker is looked for in what was put in
-        ("{{style}}", _read("style.css")),
-        ("{{recording}}", script_json(data(recording))),
-        ("{{scripts}}", "\n".join(map(_read, SCRIPTS))),
-    ):
-        before, _, rest = rest.partition(marker)
+    return _filled(
+        "page.html",
+        style=_read("style.css"),
+        recording=script_json(data(recording)),
+        scripts="\n".join(map(_read, SCRIPTS)),
+    )
+
+
+def live_page() -> tuple[str, str]:
+    """The page of a server, and the content security policy that it is to be sent with."""
+    style = _read("style.css") + _read("live.css")
+    scripts = "\n" + "\n".join(map(_read, LIVE_SCRIPTS)) + "\n"
+    policy = (
+        f"default-src 'none'; script-src {_hash(scripts)}; style-src {_hash(style)}; img-src data:; "
+        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+    return _filled("live.html", style=style, scripts=scripts), policy
+
+
+def _filled(template: str, **contents: str) -> str:
+    """A template with contents for its markers, in the order in which they stand there: none is looked for in what was
+    put in."""
+    rest, pieces = _read(template), []
+    for marker, content in contents.items():
+        before, _, rest = rest.partition("{{" + marker + "}}")
         pieces += [before, content]
     return "".join([*pieces, rest])
+
+
+def _hash(content: str) -> str:
+    """What a content security policy calls an element that is to be obeyed."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def notebook_frame(recording: "Recording") -> str:

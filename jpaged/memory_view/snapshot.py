@@ -9,7 +9,7 @@ Everything else in this room (recorder, terminal, HTML) reads snapshots only.
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -66,8 +66,9 @@ class SequenceState:
     """`RequestState.number`."""
     index: int
     """Which sample of its request, or beam; of a parked table, any number of its own."""
-    tokens: tuple[int, ...]
-    """The prompt and what has been generated and read back."""
+    tokens: Sequence[int]
+    """The prompt and what has been generated and read back: a tuple; or, if which tokens they are shall not be told, a
+    range, as long as they are many."""
     blocks: tuple[int, ...]
     """Its block table: logical to physical; 0 where the window has left a block. Empty while it waits."""
     written: int
@@ -90,6 +91,10 @@ class RequestState:
     preemptions: int
     host_blocks: int = 0
     """Its blocks in host memory."""
+    arrived: int = 0
+    """Milliseconds on the clock of `RequestMetrics`."""
+    waited: int = -1
+    """Milliseconds from its arrival until it was first scheduled; -1: it has not been."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -159,19 +164,20 @@ def live_groups(engine: Observable) -> list[SequenceGroup]:
     return sorted([*roster.running, *roster.swapped, *roster.waiting], key=lambda group: group.order[1])
 
 
-def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
+def snapshot(engine: Observable, groups: Iterable[SequenceGroup], *, with_tokens: bool = True) -> Snapshot:
     """What the pool holds now.
 
     Args:
       engine: between two steps.
       groups: all that it has not finished (`live_groups`), and any that have finished since one last looked.
+      with_tokens: say which tokens they have, and not only how many.
     """
     blocks, scheduler = engine.blocks, engine.scheduler
     swapped = scheduler.roster.swapped
     requests, sequences = [], []
     for group in groups:
         requests.append(_request(group, len(swapped[group][0].blocks) if group in swapped else 0))
-        sequences += _sequences(group, blocks, scheduler.batch)
+        sequences += _sequences(group, blocks, scheduler.batch, with_tokens)
     if blocks.parked:
         requests.insert(0, RequestState(PARKED, "parked", Status.PARKED, "", 0, 0, 0))
         sequences[:0] = sorted(map(_parked, blocks.parked), key=lambda state: state.index)
@@ -192,15 +198,16 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup]) -> Snapshot:
     )
 
 
-def _sequences(group: SequenceGroup, blocks: BlockManager, batch: Batch) -> list[SequenceState]:
+def _sequences(group: SequenceGroup, blocks: BlockManager, batch: Batch, with_tokens: bool) -> list[SequenceState]:
     states = []
     for rank, sequence in enumerate(group.sequences):
-        tokens, row = tuple(sequence.tokens), sequence.row
+        known, row = sequence.tokens, sequence.row
+        if row != NO_ROW and blocks.counts[row] and group.beams is not None:
+            known = [*group.prompt_token_ids, *(node.token for node in path(group.beams.nodes[rank]))]
+        tokens = tuple(known) if with_tokens else range(len(known))
         if row == NO_ROW or not blocks.counts[row]:
             states.append(SequenceState(group.order[1], sequence.index, tokens, (), 0, 0))
             continue
-        if group.beams is not None:
-            tokens = (*group.prompt_token_ids, *(node.token for node in path(group.beams.nodes[rank])))
         table = tuple(blocks.tables[row, : blocks.counts[row]].tolist())
         written = int(batch.position[row])
         placed = max(written, int(batch.target[row]))
@@ -221,6 +228,8 @@ def _request(group: SequenceGroup, host_blocks: int) -> RequestState:
         GroupStatus.SWAPPED: Status.SWAPPED,
         GroupStatus.FINISHED: Status.FINISHED,
     }[group.status]
+    times = group.metrics
+    first = times.first_scheduled_time
     reason = group.sequences[0].finish_reason if status is Status.FINISHED else None
     return RequestState(
         number=group.order[1],
@@ -231,6 +240,8 @@ def _request(group: SequenceGroup, host_blocks: int) -> RequestState:
         cached_tokens=group.num_cached_tokens,
         preemptions=group.metrics.num_preemptions,
         host_blocks=host_blocks,
+        arrived=int(1000 * times.arrival_time),
+        waited=-1 if first is None else int(1000 * (first - times.arrival_time)),
     )
 
 

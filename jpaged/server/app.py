@@ -7,7 +7,7 @@ from fastapi.middleware.cors import CORSMiddleware
 
 import jpaged
 from jpaged.async_engine import AsyncLLM
-from jpaged.server import admin, chat, completions, embeddings, errors, score, status, tokenize
+from jpaged.server import admin, chat, completions, embeddings, errors, score, status, tokenize, ui
 from jpaged.server.config import ServerConfig
 from jpaged.server.metrics import Metrics
 from jpaged.server.middleware import Guard, Limits, RequestIds
@@ -44,6 +44,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         app.include_router(router)
     if config.enable_admin_endpoints:
         app.include_router(admin.router_of(service))
+    if config.enable_ui:
+        app.include_router(ui.router_of(service, metrics))
     # The last one added stands in front: pages ask for CORS without a key.
     app.add_middleware(Limits, max_body_bytes=config.max_body_bytes)
     app.add_middleware(Guard, keys=api_keys(config))

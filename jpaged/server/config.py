@@ -47,6 +47,8 @@ class ServerConfig:
     """Do not log a line of statistics every ten seconds."""
     enable_admin_endpoints: bool = False
     """Offer /reset_prefix_cache, /pause, /resume and /abort_requests."""
+    enable_ui: bool = False
+    """Offer /ui, a page that shows the KV pool and the requests as they run, never a request's text."""
     shutdown_timeout: float = 30.0
     """Seconds that requests in flight get to finish after SIGTERM."""
     step_timeout: float = 60.0

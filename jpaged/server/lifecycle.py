@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import stat
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -130,20 +129,19 @@ class Server(uvicorn.Server):
         self.should_exit = True  # requests get their errors meanwhile
 
     async def _log_stats(self) -> None:
-        then, before = time.monotonic(), self._totals()
+        before = self._metrics.totals
         while True:
             await asyncio.sleep(_STATS_EVERY)
-            now, totals = time.monotonic(), self._totals()
             scheduler, blocks = self._llm.engine.scheduler, self._llm.engine.blocks
-            if totals != before or scheduler.has_work:
-                prompt, generated, cached = ((a - b) for a, b in zip(totals, before, strict=True))
+            if self._metrics.totals != before or scheduler.has_work:
+                rates = self._metrics.rates()
                 log.info(
                     "prompt %.0f tokens/s (%.0f %% cached), generation %.0f tokens/s; "
                     "%d running, %d waiting, %d swapped; "
                     "KV cache %.1f %%; %d preemptions, %d tokens lost by them",
-                    prompt / (now - then),
-                    100 * cached / max(1, prompt),
-                    generated / (now - then),
+                    rates.prompt,
+                    100 * rates.cached / rates.prompt if rates.prompt else 0.0,
+                    rates.generated,
                     len(scheduler.running),
                     scheduler.num_waiting,
                     scheduler.num_swapped,
@@ -151,10 +149,7 @@ class Server(uvicorn.Server):
                     scheduler.num_preemptions,
                     scheduler.tokens_lost,
                 )
-            then, before = now, totals
-
-    def _totals(self) -> tuple[int, int, int]:
-        return self._metrics.prompt_tokens, self._metrics.generation_tokens, self._metrics.cached_tokens
+            before = self._metrics.totals
 
 
 def plan_of(llm: AsyncLLM, config: ServerConfig) -> list[str]:

@@ -14,6 +14,7 @@ from jpaged.async_engine import AsyncLLM
 from jpaged.outputs import RequestOutput
 from jpaged.scheduling import StepPlan
 from jpaged.sequence import Sequence, SequenceGroup
+from jpaged.server.recent import Rates, Recent, Totals
 
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0),
@@ -53,6 +54,7 @@ class Metrics:
         self._step_tokens = self._histogram("iteration_tokens_total", _STEP)
         self.prompt_tokens = self.generation_tokens = self.cached_tokens = 0
         self._succeeded: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self.recent = Recent(time.monotonic())
         self._last_token: dict[SequenceGroup, float] = {}
         self._groups: dict[str, SequenceGroup] = {}
         llm.engine.on_commit = self._take_step
@@ -61,6 +63,19 @@ class Metrics:
     def text(self) -> bytes:
         """What Prometheus reads."""
         return generate_latest(self.registry)
+
+    @property
+    def totals(self) -> Totals:
+        return Totals(self.prompt_tokens, self.cached_tokens, self.generation_tokens)
+
+    @property
+    def ended(self) -> dict[str, int]:
+        """Requests that have ended, by finish reason."""
+        return dict(self._succeeded)
+
+    def rates(self) -> Rates:
+        """Of the last seconds."""
+        return self.recent.rates(time.monotonic(), self.totals)
 
     def _histogram(self, name: str, buckets: tuple[float, ...]) -> Any:
         histogram = Histogram(
@@ -84,11 +99,13 @@ class Metrics:
                 self.cached_tokens += group.num_cached_tokens
                 if group.metrics.time_to_first_token is not None:
                     self._first_token.observe(group.metrics.time_to_first_token)
+                    self.recent.add_first_token(now, group.metrics.time_to_first_token)
             else:
                 self._between.observe(now - before)
             self._last_token[group] = now
             if group.beams is None:
                 self.generation_tokens += count
+        self.recent.add(now, self.totals)
 
     def _take_outputs(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -1,6 +1,8 @@
 """What every request passes before it is looked at: API keys, size of the body, request ids. Plain ASGI."""
 
 import asyncio
+import base64
+import contextlib
 import hashlib
 import hmac
 import uuid
@@ -16,6 +18,10 @@ BODY_TIMEOUT = 60.0
 """Seconds in which a request's body must have arrived."""
 MAX_HEADER_BYTES = 64 << 10
 _OPEN_PATHS = ("/health",)
+_BROWSER_PATHS = ("/ui", "/ui/state")
+"""What people open in a browser, which sends no bearer token but asks for a password: there, a key may be that.
+
+A browser sends a password along with requests that other sites make it send, too. These paths change nothing."""
 
 
 class Guard:
@@ -30,12 +36,14 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"] not in _OPEN_PATHS:
-            scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-            given = _digest(key.strip().encode("latin-1", "replace"))
+            browser = scope["path"] in _BROWSER_PATHS
+            given = _digest(_key_in(Headers(scope=scope).get("authorization", ""), password=browser))
             matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-            if scheme.lower() != "bearer" or not any(matches):
+            if not any(matches):
                 error = ApiError(401, "an API key is missing or wrong: send 'Authorization: Bearer KEY'.")
                 error.code = "invalid_api_key"
+                if browser:
+                    error.headers = {"WWW-Authenticate": 'Basic realm="jpaged (the password is an API key)"'}
                 return await _answer(error, scope, receive, send)
         await self._app(scope, receive, send)
 
@@ -98,9 +106,20 @@ class RequestIds:
         await self._app(scope, receive, with_id)
 
 
+def _key_in(header: str, password: bool) -> bytes:
+    """The key that an Authorization header brings; no key is empty."""
+    scheme, _, rest = header.partition(" ")
+    if scheme.lower() == "bearer":
+        return rest.strip().encode("latin-1", "replace")
+    if password and scheme.lower() == "basic":
+        with contextlib.suppress(ValueError):
+            return base64.b64decode(rest.strip(), validate=True).partition(b":")[2]
+    return b""
+
+
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
 async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse(body_of(error), error.status_code)(scope, receive, send)
+    await JSONResponse(body_of(error), error.status_code, headers=error.headers)(scope, receive, send)

@@ -3,16 +3,15 @@
 import base64
 import json
 import re
-import shutil
 import subprocess
 from collections import Counter
 
 import pytest
 
 from jpaged.memory_view import Recording, record
+from tests.browser import CHROMIUM
 from tests.memory_view.runs import random_steps, small_engine
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium or chrome on the path")
 
 HOSTILE = "</script><img src=x onerror=\"document.title='hacked'\">"

@@ -34,12 +34,13 @@ def test_unix_socket(tmp_path):
 
 def test_every_path_but_health_is_guarded(tiny, monkeypatch):
     monkeypatch.setenv("JPAGED_API_KEY", "third, fourth")
-    settings = {"api_key": ("first", "second"), "enable_admin_endpoints": True, "allowed_origins": ("http://page",)}
+    settings = {"api_key": ("first", "second"), "enable_admin_endpoints": True, "enable_ui": True}
+    settings["allowed_origins"] = ("http://page",)
     with serving(tiny(), key="first", **settings) as live:
         stranger = httpx.Client(base_url=live.url)
         assert stranger.get("/health").status_code == 200
         paths = [path for path in live.http.get("/openapi.json").json()["paths"] if path != "/health"]
-        assert len(paths) >= 14
+        assert len(paths) >= 16
         for path in [*paths, "/docs", "/openapi.json", "/nothing", "/health/", "//health", "/HEALTH"]:
             for method in ("GET", "POST"):
                 answer = stranger.request(method, path)

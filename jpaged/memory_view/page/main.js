@@ -189,17 +189,6 @@ class Page {
   }
 }
 
-function drawLegend(list, mode) {
-  const swatch = (className, text, style = {}) => element("li", {}, element("i", { className: `swatch ${className}`, style }), text);
-  const { owners, ramp } = theme();
-  const states = [swatch("cached", "cached"), swatch("free", "free"), swatch("null", "null block"), swatch("fresh", "new in this step")];
-  const own =
-    mode === "owner"
-      ? [swatch("own", "one owner", { background: owners[0] }), swatch("shared", "shared", { "--one": owners[0], "--two": owners[1] })]
-      : ["1", "2", "3", "4", "5–8", "9+"].map((text, i) => swatch("own", text, { background: ramp[i] }));
-  list.replaceChildren(...(mode === "owner" ? [] : [element("li", { textContent: "references:" })]), ...own, ...states);
-}
-
 function drawAreas(list, replay) {
   const { private: own, shared, cachedArea, line } = theme();
   const areas = [["shared", shared], ["one owner", own], ["cached", cachedArea], ["free", "transparent"]];

@@ -47,21 +47,41 @@ class Counters {
       ["Swapped", `${number(out)} / ${number(back)}`, "groups out / in", "Groups whose blocks were moved to host memory, and back"],
       ["Preempted", number(preemptions), lost ? `${number(lost)} tokens lost` : "groups", "Groups that had to give their blocks back; computed tokens thrown away"],
     ];
-    this.list.replaceChildren(
-      ...tiles.map(([name, value, unit, title]) =>
-        element("div", { title }, element("dt", { textContent: name }), element("dd", { textContent: value }, ), element("small", { textContent: unit })),
-      ),
-    );
+    drawTiles(this.list, tiles);
   }
+}
+
+function drawTiles(list, tiles) {
+  list.replaceChildren(
+    ...tiles.map(([name, value, unit, title]) =>
+      element("div", { title }, element("dt", { textContent: name }), element("dd", { textContent: value }), element("small", { textContent: unit })),
+    ),
+  );
+}
+
+function drawLegend(list, mode, fresh = "new in this step") {
+  const swatch = (className, text, style = {}) => element("li", {}, element("i", { className: `swatch ${className}`, style }), text);
+  const { owners, ramp } = theme();
+  const states = [swatch("cached", "cached"), swatch("free", "free"), swatch("null", "null block"), swatch("fresh", fresh)];
+  const own =
+    mode === "owner"
+      ? [swatch("own", "one owner", { background: owners[0] }), swatch("shared", "shared", { "--one": owners[0], "--two": owners[1] })]
+      : ["1", "2", "3", "4", "5–8", "9+"].map((text, i) => swatch("own", text, { background: ramp[i] }));
+  list.replaceChildren(...(mode === "owner" ? [] : [element("li", { textContent: "references:" })]), ...own, ...states);
 }
 
 // Blocks of swapped groups. Where in host memory they are means nothing: a bar says whose and how many.
 class HostBar {
   constructor(parts, replay, colours) {
     Object.assign(this, parts, { replay, colours });
-    this.peak = Math.max(0, ...replay.measures.host);
-    this.scale = replay.hostBlocks <= 4 * this.peak ? replay.hostBlocks : 2 * this.peak;
-    this.box.hidden = this.peak === 0;
+    this.setPeak(Math.max(0, ...replay.measures.host));
+  }
+
+  // The most that it has to show.
+  setPeak(peak) {
+    this.peak = peak;
+    this.scale = this.replay.hostBlocks <= 4 * peak ? this.replay.hostBlocks : 2 * peak;
+    this.box.hidden = peak === 0;
   }
 
   draw() {
@@ -258,9 +278,11 @@ class Tip {
   texts(sequence, logical, past) {
     const { blockSize } = this.replay;
     const start = logical * blockSize;
-    const tokens = sequence.tokens.slice(start, start + blockSize);
     const filled = past ? blockSize : Math.max(0, Math.min(blockSize, sequence.written - start));
+    const slots = element("small", { textContent: `${filled} of ${blockSize} slots written` });
+    if (!this.replay.tellsTokens) return element("div", { className: "texts" }, slots);
+    const tokens = sequence.tokens.slice(start, start + blockSize);
     const spans = tokens.map((token) => element("span", { textContent: visible(this.replay.text(token)) }));
-    return element("div", { className: "texts" }, element("div", {}, ...spans), element("small", { textContent: `${filled} of ${blockSize} slots written` }));
+    return element("div", { className: "texts" }, element("div", {}, ...spans), slots);
   }
 }

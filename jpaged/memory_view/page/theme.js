@@ -22,24 +22,36 @@ function theme() {
   return THEMES[darkQuery.matches ? "dark" : "light"];
 }
 
-// Each request has a colour from its first block on: of the eight, the one that the fewest around it have.
-function assignColours(replay) {
-  const count = THEMES.light.owners.length;
-  const colours = new Map();
-  const alive = new Set();
-  for (const frame of replay.frames) {
-    for (const number of frame.forgotten || []) alive.delete(number);
+// Each request has a colour from its first frame on: of the eight, the one that the fewest around it have.
+class Colours {
+  constructor() {
+    this.chosen = new Map(); // number -> which of the eight; past ones too
+    this.alive = new Set();
+  }
+
+  take(frame) {
+    const count = THEMES.light.owners.length;
+    for (const number of frame.forgotten || []) this.alive.delete(number);
     for (const [number] of frame.requests || []) {
-      if (colours.has(number)) continue;
+      if (this.chosen.has(number)) continue;
       const uses = new Array(count).fill(0);
-      for (const other of alive) uses[colours.get(other)]++;
+      for (const other of this.alive) uses[this.chosen.get(other)]++;
       const least = Math.min(...uses);
       let choice = (number + count) % count; // parked tables have number -1
       while (uses[choice] > least) choice = (choice + 1) % count;
-      colours.set(number, choice);
-      alive.add(number);
+      this.chosen.set(number, choice);
+      this.alive.add(number);
     }
   }
+
+  get(number) {
+    return this.chosen.get(number);
+  }
+}
+
+function assignColours(replay) {
+  const colours = new Colours();
+  for (const frame of replay.frames) colours.take(frame);
   return colours;
 }
 
