@@ -110,6 +110,23 @@ def test_logit_bias_allowed_and_bad_words(smollm2):
     assert set(only.token_ids) <= set(allowed)
 
 
+def test_rules_leave_with_their_request(tiny):
+    """Whoever gets the row next has none of them, also while others have rules."""
+    greedy = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+    engine = tiny(enable_prefix_caching=False)
+    engine.add_request("alone", prompt_of(1), greedy)
+    want = run(engine)["alone"].outputs[0].token_ids
+    rules = [{"logit_bias": {9: 100.0}}, {"allowed_token_ids": [7]}, {"min_tokens": 8, "bad_words": ["a"]}]
+    for i, rule in enumerate(rules):
+        engine.add_request(f"before {i}", prompt_of(2), dataclasses.replace(greedy, **rule))
+    run(engine)
+    for i in range(3):
+        engine.add_request(str(i), prompt_of(1), greedy)
+    engine.add_request("with rules", prompt_of(3), dataclasses.replace(greedy, min_tokens=1))
+    got = run(engine)
+    assert [got[str(i)].outputs[0].token_ids for i in range(3)] == [want] * 3
+
+
 def test_penalties_act_and_leave_others_alone(smollm2):
     engine = smollm2()
     prompt = "one two one two one two one two"
