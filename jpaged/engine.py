@@ -8,7 +8,6 @@ step():   plan = scheduler.schedule()            host, while the device computes
 import collections
 import contextlib
 import dataclasses
-import itertools
 import operator
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -17,16 +16,16 @@ from typing import Any, Literal
 import jax
 
 from jpaged.config import EngineConfig
-from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError
-from jpaged.followers import follower_of
+from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError, SnapshotError
+from jpaged.groups import GroupMaker
 from jpaged.output_processor import OutputProcessor
 from jpaged.outputs import RequestMetrics, RequestOutput
 from jpaged.request_limits import RequestLimits
 from jpaged.runtime.runner import StepResult
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
-from jpaged.scheduling.beams import new_search
 from jpaged.sequence import FinishReason, Holder, Pooling, Sequence, SequenceGroup
+from jpaged.snapshots import Snapshot, fingerprint, record_of
 from jpaged.source import Params, fit, flatten, of_arguments
 from jpaged.startup import Components, build
 from jpaged.structured import Grammars, masks_of
@@ -34,7 +33,6 @@ from jpaged.tokenization import Prompt, encode_prompt
 
 InFlight = Literal["recompute", "continue", "abort"]
 """What becomes of unfinished requests when the weights change."""
-_SEED_MASK = (1 << 64) - 1
 
 
 @dataclasses.dataclass
@@ -69,16 +67,17 @@ class LLMEngine:
         self.eos_token_ids = parts.eos_token_ids
         self.max_model_len = parts.max_model_len
         self.runner, self.scheduler, self.blocks = parts.runner, parts.scheduler, parts.blocks
-        self._grammars: Grammars | None = None
         self.limits = RequestLimits(
             parts.model_config.vocab_size, parts.max_model_len, parts.eos_token_ids, parts.tokenizer
         )
+        self._maker = GroupMaker(self.limits)
         self._outputs = OutputProcessor(self.tokenizer, self._stop)
         self._groups: dict[str, SequenceGroup] = {}
-        self._arrivals = itertools.count()
+        self._next_arrival = 0
         self._in_flight: collections.deque[StepResult] = collections.deque()
         self._interrupted = False
         self._failure: BaseException | None = None
+        self._fingerprint: tuple[int, str] | None = None
         self._aborted: list[SequenceGroup] = []
         self._ready: list[RequestOutput] = []  # for the next step to return
         self._to_linen = parts.to_linen
@@ -128,40 +127,27 @@ class LLMEngine:
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
         if pooling not in (None, "last", "mean"):
             raise InvalidRequestError(f'pooling={pooling!r} must be "last" or "mean".')
-        constraint = params.structured_outputs
-        matcher = None if constraint is None else self.grammars.matcher(constraint)
         if self.runner.capture is not None and params.use_beam_search:
             raise InvalidRequestError("activations can't be captured in beam search: use sampling, or n.")
-        arrival = next(self._arrivals)
-        seed = (self.config.seed << 32) + arrival if params.seed is None else params.seed
-        group = SequenceGroup(
+        arrival = self._next_arrival
+        group = self._maker.new(
             request_id,
-            text,
             tokens,
             params,
-            seed & _SEED_MASK,
-            (priority, arrival),
-            RequestMetrics(arrival_time=time.monotonic()),
-            salt,
+            (self.config.seed << 32) + arrival,
+            prompt=text,
+            order=(priority, arrival),
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            cache_salt=salt,
             bypasses_cache=self.runner.capture is not None or pooling == "mean",
             scored_from=scored_from,
             pooling=pooling,
         )
-        wanted = self.max_model_len if params.max_tokens is None else len(tokens) + params.max_tokens
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        group.sequences = [
-            Sequence(group, i, list(tokens), min(wanted, self.max_model_len), eos | frozenset(params.stop_token_ids))
-            for i in range(params.num_sequences)
-        ]
-        if params.use_beam_search:
-            group.beams = new_search(group, follower_of(group, matcher, self.tokenizer))
-        elif matcher is not None:
-            for sequence in group.sequences:
-                sequence.matcher = matcher.fork()
         if holder is not None:
             group.sequences[0].holder = holder
         self.scheduler.add(group)
         self._groups[request_id] = group
+        self._next_arrival += 1
 
     def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests, whatever they are doing; the next step returns what they had. Unknown ids are ignored."""
@@ -189,6 +175,65 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything left to do or to return."""
         return bool(self._groups or self._aborted or self._ready or self._in_flight)
+
+    # --------------------------------------------------------------------------------------------- snapshots
+
+    def snapshot(self, request_ids: Iterable[str] | None = None) -> Snapshot:
+        """The unfinished requests as plain data, whatever they are doing; nothing is changed.
+
+        Tokens that are still on the device are not in it: whoever goes on from it draws them again, and alike. A
+        session's request goes on as one that nobody holds.
+
+        Args:
+          request_ids: only these, as far as they are unfinished; None: all.
+        """
+        groups = self._groups.values() if request_ids is None else map(self._groups.get, request_ids)
+        return Snapshot(
+            fingerprint=self.fingerprint,
+            next_arrival=self._next_arrival,
+            requests=[record_of(group, self._outputs.stopped_text) for group in groups if group is not None],
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Goes on with a snapshot's requests, in their places in the queue and beside those that are here already.
+
+        What a request had generated is computed again as part of its prompt. With output_kind DELTA, the first output
+        begins with the first token.
+
+        Raises:
+          SnapshotError: it belongs to another model, or this engine can't serve one of its requests as it was begun.
+            Then none of them is restored.
+        """
+        self._check_alive()
+        if snapshot.fingerprint != self.fingerprint:
+            raise SnapshotError(
+                "the snapshot belongs to another model, or to other weights: texts would go on in another voice. Serve "
+                "the model that it was made with, or begin without it."
+            )
+        groups = [self._maker.again(record) for record in snapshot.requests]
+        if used := self._groups.keys() & {group.request_id for group in groups}:
+            raise SnapshotError(f"requests {sorted(used)} of the snapshot have names of unfinished requests.")
+        for i, group in enumerate(groups):
+            try:
+                self.scheduler.add(group)
+            except InvalidRequestError as error:
+                for added in groups[:i]:
+                    self.scheduler.abort(added)
+                raise SnapshotError(
+                    f"request {group.request_id!r} of the snapshot can't go on here: {error}"
+                ) from error
+        for group, record in zip(groups, snapshot.requests, strict=True):
+            self._groups[group.request_id] = group
+            self._outputs.restore(group, [sequence.stopped_text for sequence in record.sequences])
+        self._next_arrival = max(self._next_arrival, snapshot.next_arrival)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the model and of the weights that are served."""
+        version = self.weights_version
+        if self._fingerprint is None or self._fingerprint[0] != version:
+            self._fingerprint = version, fingerprint(self.model_config, self.runner.params)
+        return self._fingerprint[1]
 
     # ----------------------------------------------------------------------------------------------- weights
 
@@ -333,13 +378,7 @@ class LLMEngine:
         Raises:
           InvalidRequestError: this engine can't have structured outputs.
         """
-        if self._grammars is None:
-            if self.tokenizer is None or not self.eos_token_ids:
-                raise InvalidRequestError(
-                    "structured_outputs need a tokenizer and an end-of-sequence token, and this engine lacks one."
-                )
-            self._grammars = Grammars(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
-        return self._grammars
+        return self._maker.grammars
 
     def _check_alive(self) -> None:
         if self._failure is not None:

@@ -30,3 +30,7 @@ class QueueFullError(JpagedError, RuntimeError):
 
 class EngineDeadError(JpagedError, RuntimeError):
     """A device step failed; the engine's state is lost and it takes no more requests."""
+
+
+class SnapshotError(JpagedError, RuntimeError):
+    """A snapshot can't be written, is damaged, or belongs to another model or to an engine that can't go on with it."""

@@ -100,6 +100,17 @@ class OutputProcessor:
             embedding=group.embedding,
         )
 
+    def stopped_text(self, sequence: Sequence) -> str | None:
+        """The whole text of a sequence that a stop string has ended; None for all others."""
+        shown = self._shown.get(sequence)
+        return None if shown is None else shown.final_text
+
+    def restore(self, group: SequenceGroup, stopped_texts: list[str | None]) -> None:
+        """What `stopped_text` was in another process, for each sequence. All other text follows from the tokens."""
+        for sequence, text in zip(group.sequences, stopped_texts, strict=True):
+            if text is not None:
+                self._state(sequence).final_text = text
+
     def _completion(self, sequence: Sequence, index: int) -> CompletionOutput:
         params, shown = sequence.group.params, self._state(sequence)
         text, tokens = self._text(sequence), sequence.output_token_ids
