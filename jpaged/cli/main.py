@@ -22,6 +22,7 @@ from jpaged.cli.convert import Convert
 from jpaged.cli.flags import named
 from jpaged.cli.generate import Generate
 from jpaged.cli.serve import Serve
+from jpaged.cli.top import Top
 from jpaged.errors import InvalidConfigError, InvalidRequestError, JpagedError, UnsupportedFeatureError
 
 
@@ -35,6 +36,7 @@ COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("generate",): Generate,
     ("chat",): Chat,
     ("serve",): Serve,
+    ("top",): Top,
     ("bench", "throughput"): Throughput,
     ("bench", "latency"): Latency,
     ("bench", "startup"): Startup,
@@ -45,6 +47,7 @@ CHOICE: Any = (
     named(Generate, "generate")
     | named(Chat, "chat")
     | named(Serve, "serve")
+    | named(Top, "top")
     | named(Bench, "bench")
     | named(Convert, "convert")
     | named(CollectEnv, "collect-env")

@@ -80,21 +80,31 @@ def render(
     pool, counters = snapshot.pool, snapshot.counters
     head = f"{printable(title) or 'KV pool'}: {pool.num_blocks - 1} blocks x {pool.block_size} tokens, step {step}"
     blocks = f"used {measures.used} | shared {measures.shared} | cached {measures.cached} | free {measures.free}"
-    saved = _percent(measures.entries - measures.used, measures.entries)
-    waste = _percent(measures.empty, measures.used * pool.block_size)
-    hits = _percent(counters.cache_hits, counters.cache_queries)
+    saved = percent(measures.entries - measures.used, measures.entries)
+    waste = percent(measures.empty, measures.used * pool.block_size)
+    hits = percent(counters.cache_hits, counters.cache_queries)
     moves = (
         f"prefix hits {hits} | copies {counters.copies} | swapped out {counters.swaps_out}, in {counters.swaps_in}"
         f" | preempted {counters.preemptions}"
     )
     running = [r for r in snapshot.requests if r.status is Status.RUNNING]
     tables = min(len(running), max(1, (height - 5) // 3))
-    cells = _cells(snapshot, columns=max(8, width - 1), rows=max(1, height - 5 - tables))
-    lines = [head, *map(_paint, cells), f"{blocks} | saved by sharing {saved} | waste {waste}", moves]
+    cells = block_map(snapshot, columns=max(8, width - 1), rows=max(1, height - 5 - tables))
+    lines = [head, *cells, f"{blocks} | saved by sharing {saved} | waste {waste}", moves]
     lines += [_table(snapshot, request, width) for request in running[:tables]]
     others = len(running) - tables
     waiting = f"{measures.waiting} waiting" + (f", {others} more running" if others > 0 else "")
     return [*lines, waiting][:height]
+
+
+def block_map(snapshot: Snapshot, columns: int, rows: int) -> list[str]:
+    """The blocks, with colours, on at most `rows` lines of `columns` characters."""
+    return [_paint(cells) for cells in _cells(snapshot, columns, rows)]
+
+
+def in_colour(request: int, text: str) -> str:
+    """In the colour of a request's blocks."""
+    return _paint([_Cell(text, request)])
 
 
 def _cells(snapshot: Snapshot, columns: int, rows: int) -> list[list[_Cell]]:
@@ -161,7 +171,7 @@ def _table(snapshot: Snapshot, request: RequestState, width: int) -> str:
     table = sequences[0].blocks if sequences else ()
     entries = " ".join(f"{b}" if references[b] == 1 else f"{b}×{references[b]}" for b in table)
     text = f"{name:<14} {longest:>5} tokens  {entries}"
-    return _paint([_Cell("█", request.number)]) + " " + text[: max(0, width - 3)]
+    return in_colour(request.number, "█") + " " + text[: max(0, width - 3)]
 
 
 def printable(text: str) -> str:
@@ -169,7 +179,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _percent(part: int, whole: int) -> str:
+def percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "-"
 
 

@@ -2,7 +2,8 @@
 // A strip of the last minutes: lines, or areas that stand on each other. The right edge is now.
 
 class Chart {
-  // series: [{ name, colour: (theme) => text, value: (moment) => number or null, text: (value) => text }, ...]
+  // series: [{ name, colour: (theme) => text, value: (moment) => number or null, text: (value) => text, rare }, ...];
+  // a rare one is named while it is there.
   constructor(box, { title, series, stacked = false, most = 0 }) {
     Object.assign(this, { title, series, stacked, most });
     this.canvas = element("canvas");
@@ -67,8 +68,9 @@ class Chart {
 
   drawNames(columns, colours) {
     this.names.replaceChildren(
-      ...this.series.map(({ name, colour, text }, i) => {
+      ...this.series.map(({ name, colour, text, rare }, i) => {
         const value = columns[i].length ? columns[i][columns[i].length - 1] : null;
+        if (rare && !value) return "";
         const shown = value === null ? "–" : text(value);
         return element("span", {}, element("i", { style: { background: colour(colours) } }), name, element("b", { textContent: shown }));
       }),

@@ -54,7 +54,7 @@ function chartsOf(box, numBlocks) {
       series: [
         { name: "running", colour: (t) => t.owners[2], value: (m) => m.measures.running, text: count },
         { name: "waiting", colour: (t) => t.owners[1], value: (m) => m.measures.waiting, text: count },
-        { name: "swapped", colour: (t) => t.alarm, value: (m) => m.measures.swapped, text: count },
+        { name: "swapped", rare: true, colour: (t) => t.alarm, value: (m) => m.measures.swapped, text: count },
       ],
     }),
     new Chart(box, {
