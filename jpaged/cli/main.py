@@ -14,6 +14,7 @@ import jpaged
 from checkpoints.errors import CheckpointError
 from jpaged.cli.bench import Bench
 from jpaged.cli.bench.latency import Latency
+from jpaged.cli.bench.serve import BenchServe
 from jpaged.cli.bench.startup import Startup
 from jpaged.cli.bench.throughput import Throughput
 from jpaged.cli.chat import Chat
@@ -37,6 +38,7 @@ COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("chat",): Chat,
     ("serve",): Serve,
     ("top",): Top,
+    ("bench", "serve"): BenchServe,
     ("bench", "throughput"): Throughput,
     ("bench", "latency"): Latency,
     ("bench", "startup"): Startup,

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from jpaged.cli.bench.throughput import read_trace
+from jpaged.cli.bench.workloads import read_trace
 from jpaged.errors import InvalidConfigError
 
 SMALL = ("--max-num-seqs", "4", "--max-num-batched-tokens", "36")

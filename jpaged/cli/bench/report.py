@@ -33,7 +33,7 @@ class Destination:
         if self.output is not None and (self.output.is_dir() or not self.output.absolute().parent.is_dir()):
             raise InvalidConfigError(f"--output {self.output}: not a file in an existing folder.")
 
-    def give(self, result: dict[str, Any], lines: list[str]) -> None:
+    def give(self, result: dict[str, Any] | list[dict[str, Any]], lines: list[str]) -> None:
         """Writes a result, for a machine or as lines for a person."""
         text = json.dumps(result, indent=2)
         if self.output is not None:

@@ -1,8 +1,6 @@
 """jpaged bench throughput: all requests at once, as fast as they go."""
 
-import csv
 import dataclasses
-import gzip
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +13,7 @@ from jpaged.cli.bench.report import (
     fixed_length,
     random_prompts,
 )
+from jpaged.cli.bench.workloads import read_trace
 from jpaged.cli.flags import build, flags_of
 from jpaged.cli.session import open_engine
 from jpaged.cli.status import Status
@@ -32,7 +31,6 @@ EngineFlags = flags_of(
     defaults={"warmup": False},
     helps={"warmup": "Compile every step shape before; False: run all requests once before the measured run."},
 )
-_MAX_ROWS = 1_000_000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,7 +61,7 @@ class Throughput:
         check_counts(num_prompts=self.num_prompts, input_len=self.input_len, output_len=self.output_len)
         lengths = [(self.input_len, self.output_len)] * self.num_prompts
         if self.dataset_path is not None:
-            lengths = read_trace(self.dataset_path, self.num_prompts)
+            lengths = [row[1:] for row in read_trace(self.dataset_path, self.num_prompts)]
         config = build(EngineConfig, self.engine)
         status = Status()
         engine, _ = open_engine(config, status)
@@ -85,26 +83,6 @@ class Throughput:
         result = _result(outputs, elapsed) | skipped | environment(config.model)
         self.result.give(result, _lines(result))
         return 0
-
-
-def read_trace(path: Path, most: int) -> list[tuple[int, int]]:
-    """(prompt tokens, output tokens) of the first rows of a trace."""
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            rows = [
-                (int(row["prompt_tokens"]), int(row["output_tokens"]))
-                for _, row in zip(range(min(most, _MAX_ROWS)), csv.DictReader(file), strict=False)
-            ]
-    except OSError as error:
-        raise InvalidConfigError(f"--dataset-path {path}: {error.strerror or error}.") from error
-    except (KeyError, ValueError, TypeError) as error:
-        raise InvalidConfigError(
-            f"--dataset-path {path}: a CSV file with columns arrival_s, prompt_tokens "
-            f"and output_tokens is expected ({error})."
-        ) from error
-    if not rows or any(p < 1 or o < 1 for p, o in rows):
-        raise InvalidConfigError(f"--dataset-path {path}: it has no rows, or lengths below 1.")
-    return rows
 
 
 def _run(engine: "LLMEngine", prompts: list["TokensPrompt"], output_lens: list[int]) -> list["RequestOutput"]:
