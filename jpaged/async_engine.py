@@ -19,6 +19,7 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import Any
 
+from jpaged import logs
 from jpaged.config import EngineConfig
 from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import EngineDeadError, QueueFullError
@@ -51,6 +52,7 @@ class AsyncLLM:
       max_num_queued_reqs: most requests that wait for a place in the batch; None: no limit.
       max_num_queued_tokens: most prompt tokens of the requests that wait.
       step_timeout: seconds after which a step counts as stuck and the engine as dead. Compiling is not counted.
+      slow_step: seconds from which on a step is logged as slow.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class AsyncLLM:
         max_num_queued_reqs: int | None = None,
         max_num_queued_tokens: int | None = None,
         step_timeout: float = 60.0,
+        slow_step: float = 5.0,
         **arguments,
     ) -> None:
         self.engine = engine or LLMEngine(config, **arguments)
@@ -71,7 +74,8 @@ class AsyncLLM:
         self.num_rejected = 0
         """Requests that found the queue full."""
         self._max_reqs, self._max_tokens = max_num_queued_reqs, max_num_queued_tokens
-        self._step_timeout = step_timeout
+        self._step_timeout, self._slow_step = step_timeout, slow_step
+        self._compiled = 0.0  # seconds that the engine's thread has spent on it
         self._streams = Streams()
         self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # of what follows, and of putting commands into the queue
@@ -231,10 +235,26 @@ class AsyncLLM:
         try:
             while self._take_commands():
                 if self.engine.has_unfinished_requests() and not self._paused:
-                    self._deliver(self.engine.step())
+                    self._deliver(self._step())
         except BaseException as error:
             dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"{type(error).__name__}: {error}")
             self._die(dead)
+
+    def _step(self) -> list[RequestOutput]:
+        start, compiled = time.monotonic(), self._compiled
+        outputs = self.engine.step()
+        seconds = time.monotonic() - start
+        if seconds > self._slow_step:
+            logs.report(
+                log,
+                "slow_step",
+                level=logging.WARNING,
+                seconds=round(seconds, 3),
+                compiling=round(self._compiled - compiled, 3),
+                running=len(self.engine.scheduler.running),
+                waiting=self.engine.scheduler.num_waiting,
+            )
+        return outputs
 
     def _take_commands(self) -> bool:
         """Runs what has been asked for; waits if there is nothing to compute. False: the thread shall end."""
@@ -306,7 +326,7 @@ class AsyncLLM:
             if self._failure is not None or self._stopping.is_set():
                 return
             self._failure = error
-        log.error("the engine is dead: %s", error, exc_info=error)
+        log.error("engine_dead", exc_info=error, extra={"fields": {"reason": str(error)}})
         self.on_death(error)
         self._fail_all(error)
 
@@ -326,9 +346,11 @@ class AsyncLLM:
 
     @contextlib.contextmanager
     def _while_compiling(self, key: tuple) -> Iterator[None]:
-        self._deadline = time.monotonic() + COMPILE_TIMEOUT
+        start = time.monotonic()
+        self._deadline = start + COMPILE_TIMEOUT
         try:
             with self._on_compile(key):
                 yield
         finally:
+            self._compiled += time.monotonic() - start
             self._deadline = time.monotonic() + self._step_timeout

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from tyro import conf
 
+from jpaged import logs
 from jpaged.cli.flags import build, flags_of
 from jpaged.cli.session import open_engine
 from jpaged.cli.status import Status
@@ -35,11 +36,12 @@ class Serve:
     def run(self) -> int:
         config = build(ServerConfig, self.server)
         engine_config = build(EngineConfig, self.engine, model=self.model)
-        logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s: %(message)s", stream=sys.stderr)
+        logs.to_stream(sys.stderr, config.log_format)
         from jpaged.server.lifecycle import Server, address_of, bind, plan_of
 
         sock = bind(config)
         status = Status()
+        status.muted = config.log_format == "json"
         engine, _ = open_engine(engine_config, status)
         logging.getLogger("jpaged").setLevel(logging.INFO)
 
@@ -51,17 +53,20 @@ class Serve:
             max_num_queued_reqs=config.max_num_queued_reqs,
             max_num_queued_tokens=config.max_num_queued_tokens,
             step_timeout=config.step_timeout,
+            slow_step=config.slow_step,
         )
         server = Server(make_app(llm, config), llm, config)
+        say = logging.getLogger("jpaged").info if config.log_format == "json" else status.line
         for line in plan_of(llm, config):
-            status.line(line)
+            say(line)
         if not config.uds and config.host not in ("127.0.0.1", "::1", "localhost") and not api_keys(config):
-            status.line("warning: other machines can connect, and there is no API key")
+            say("warning: other machines can connect, and there is no API key")
         where = address_of(sock, config)
-        server.on_ready = lambda: status.line(f"jpaged is ready on {where}")
+        server.on_ready = lambda: say(f"jpaged is ready on {where}")
         status.muted = True  # what is compiled from here on is no news
         exit_status = server.run_until_end(sock)
         if exit_status:  # a thread may be stuck on the device: waiting for it would never end
+            logs.flush()
             sys.stderr.flush()
             os._exit(exit_status)
         return exit_status

@@ -5,14 +5,18 @@ Blocks move in chunks of a few fixed sizes, so that a handful of compiled progra
 
 import dataclasses
 import functools
+import logging
 import time
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
+from jpaged import logs
 from pallas_kernels.block_copy import gather_blocks, scatter_blocks
 from pallas_kernels.paged_attention import KV, pool_values
+
+log = logging.getLogger("jpaged.swapping")
 
 CHUNKS = (64, 8)
 """Blocks that move in one call; the rest is padded to the smallest that holds it."""
@@ -61,7 +65,7 @@ class Swapper:
         start = time.perf_counter()
         contents = [self._gather(pool, chunk) for chunk in _chunks(blocks)]
         jax.block_until_ready(contents)
-        self.out.add(len(blocks), len(blocks) * self.block_bytes, time.perf_counter() - start)
+        self._count("swap_out", self.out, len(blocks), time.perf_counter() - start)
         return contents
 
     def swap_in(self, pool: Pool, contents: list[Pool], indices: np.ndarray, blocks: np.ndarray) -> Pool:
@@ -74,8 +78,12 @@ class Swapper:
         for chunk, target in zip(contents, np.split(targets, np.cumsum(sizes)[:-1]), strict=True):
             pool = self._scatter(pool, target, jax.device_put(chunk, self._here))
         jax.block_until_ready(pool)
-        self.back.add(len(blocks), len(blocks) * self.block_bytes, time.perf_counter() - start)
+        self._count("swap_in", self.back, len(blocks), time.perf_counter() - start)
         return pool
+
+    def _count(self, event: str, traffic: Traffic, blocks: int, seconds: float) -> None:
+        traffic.add(blocks, blocks * self.block_bytes, seconds)
+        logs.report(log, event, blocks=blocks, bytes=blocks * self.block_bytes, seconds=round(seconds, 6))
 
 
 def _chunks(blocks: np.ndarray) -> list[np.ndarray]:

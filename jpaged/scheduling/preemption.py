@@ -3,8 +3,10 @@
 The blocks of a preempted group leave for host memory and return, or its tokens are computed again later.
 """
 
+import logging
 from typing import Literal
 
+from jpaged import logs
 from jpaged.memory import BlockManager, SwapSpace
 from jpaged.scheduling import beams
 from jpaged.scheduling.admission import Admission
@@ -13,6 +15,8 @@ from jpaged.scheduling.draft import Draft
 from jpaged.scheduling.plan import SwapIn
 from jpaged.scheduling.roster import Roster
 from jpaged.sequence import SequenceGroup, Status
+
+log = logging.getLogger("jpaged.scheduler")
 
 PreemptionMode = Literal["auto", "swap", "recompute"]
 
@@ -68,8 +72,10 @@ class Preemption:
             draft.preempted = True
             if self._may_swap(group, rows):
                 swapped = self.swap_space.try_out(rows, self._batch.position[rows].tolist())
-        if swapped is None:
-            self.tokens_lost += int(self._batch.position[rows].sum())
+        lost = int(self._batch.position[rows].sum()) if swapped is None else 0
+        self.tokens_lost += lost
+        how = "recompute" if swapped is None else "swap"
+        logs.report(log, "preemption", request_id=group.request_id, how=how, tokens_lost=lost)
         for sequence in sequences:
             self._admission.vacate(sequence)
         self.num_preemptions += 1

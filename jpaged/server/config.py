@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from jpaged.errors import InvalidConfigError
+from jpaged.logs import LogFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,10 @@ class ServerConfig:
     """Log each request's id, sizes and end (never its text)."""
     disable_log_stats: bool = False
     """Do not log a line of statistics every ten seconds."""
+    log_format: LogFormat = "text"
+    """How log lines are written: as text, or each as a JSON object."""
+    slow_step: float = 5.0
+    """Seconds from which on a step is logged as slow."""
     enable_admin_endpoints: bool = False
     """Offer /reset_prefix_cache, /pause, /resume and /abort_requests."""
     enable_ui: bool = False
@@ -71,6 +76,7 @@ class ServerConfig:
             ("port", 0, 65535),
             ("shutdown_timeout", 0, 86400),
             ("step_timeout", 0.1, 86400),
+            ("slow_step", 0.001, 86400),
             ("max_num_queued_reqs", 1, 1 << 20),
             ("max_num_queued_tokens", 1, 1 << 40),
             ("max_body_bytes", 1024, 1 << 30),

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from jpaged import logs
 from jpaged.async_engine import AsyncLLM
 from jpaged.errors import EngineDeadError, InvalidConfigError
 from jpaged.server.config import ServerConfig
@@ -73,6 +74,7 @@ class Server(uvicorn.Server):
             uvicorn.Config(
                 app,
                 log_level="warning",
+                log_config=None,
                 access_log=False,
                 server_header=False,
                 ws="none",
@@ -116,6 +118,7 @@ class Server(uvicorn.Server):
         name = signal.Signals(sig).name
         if self.should_exit:
             log.warning("%s: stopping at once", name)
+            logs.flush()
             os._exit(128 + sig)
         log.warning("%s: no new requests; those in flight have %g s", name, self._settings.shutdown_timeout)
         self.should_exit = True

@@ -1,6 +1,7 @@
 """From the start to the exit status, in a process of its own; and an engine that fails under its requests."""
 
 import contextlib
+import json
 import re
 import signal
 import socket
@@ -35,7 +36,7 @@ def served(*flags):
     process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True)
     try:
         lines = []
-        while not (found := re.search(r"ready on (\S+)", lines[-1] if lines else "")):
+        while not (found := re.search(r"ready on (http:[\w.:/]+)", lines[-1] if lines else "")):
             lines.append(process.stderr.readline())
             assert lines[-1], "".join(lines)
         process.said = "".join(lines)
@@ -47,7 +48,8 @@ def served(*flags):
 
 
 def test_sigterm_lets_streams_finish():
-    with served() as (process, url):
+    """And every line that it writes is JSON, if it was asked for that."""
+    with served("--log-format", "json", "--slow-step", "0.001") as (process, url):
         assert "256 tokens, 4 sequences at once" in process.said
         assert "KV cache" in process.said
         body = {
@@ -65,6 +67,9 @@ def test_sigterm_lets_streams_finish():
         assert '"completion_tokens":200' in rest
         assert rest.rstrip().endswith("data: [DONE]")
         assert process.wait() == 0
+        lines = [json.loads(line) for line in [*process.said.splitlines(), *process.stderr]]
+        assert [line["event"] for line in lines if line.get("event") == "slow_step" and line["compiling"] > 0]
+        assert [line["message"] for line in lines if "SIGTERM" in line.get("message", "")]
 
 
 def test_what_does_not_finish_in_time_is_told_and_a_second_signal_stops():
@@ -102,7 +107,7 @@ def test_a_port_in_use_is_told_before_anything_is_loaded():
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_an_engine_fault(tiny, monkeypatch, stream):
+def test_an_engine_fault(tiny, monkeypatch, caplog, stream):
     with serving(tiny(), enable_admin_endpoints=True) as live:
         live.post("/pause")
         answers = []
@@ -118,6 +123,7 @@ def test_an_engine_fault(tiny, monkeypatch, stream):
         monkeypatch.setattr(live.llm.engine.runner, "forward", broken)
         health = httpx.Client(base_url=live.url)
         assert health.get("/health").status_code == 200
+        caplog.clear()
         live.llm.on_death = lambda error: None  # the process stays, so that it can be looked at
         live.post("/resume")
         ask.join()
@@ -125,5 +131,8 @@ def test_an_engine_fault(tiny, monkeypatch, stream):
         assert "engine_dead" in answers[0].text
         assert "secret" not in answers[0].text
         assert health.get("/health").status_code == 503
+        [record] = [record for record in caplog.records if record.getMessage() == "engine_dead"]
+        assert "/secret/path" in record.fields["reason"]
+        assert record.exc_info
         assert live.post("/v1/completions", prompt="a").status_code == 500
         health.close()
