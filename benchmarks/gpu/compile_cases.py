@@ -14,7 +14,13 @@ from jpaged.runtime.kv_pool import KVPoolSpec
 from jpaged.runtime.step import make_forward
 from jpaged.scheduling.plan import Bucket
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
-from pallas_kernels.paged_attention import QuantizedKV, paged_decode_attention, paged_prefill_attention, pool_shape
+from pallas_kernels.paged_attention import (
+    QuantizedKV,
+    SharedPrefixes,
+    paged_decode_attention,
+    paged_prefill_attention,
+    pool_shape,
+)
 
 BLOCK_SIZE, TILE_SIZE = 16, 64
 
@@ -41,16 +47,31 @@ def _pool(dtype: str, kv_heads: int, size: int, quantised: str | None) -> Any:
 
 
 def _attention(
-    operation: str, dtype: str, heads: int, kv_heads: int, size: int, pool: str | None = None, **options: Any
+    operation: str,
+    dtype: str,
+    heads: int,
+    kv_heads: int,
+    size: int,
+    pool: str | None = None,
+    shared: bool = True,
+    **options: Any,
 ) -> Case:
+    """Attention of 32 rows, or tiles; `shared`: where it decodes, of rows that share blocks."""
     kv, rows = _pool(dtype, kv_heads, size, pool), 32
     tables, row = _array((rows, 100), "int32"), _array((rows,), "int32")
     capability = (8, 9) if pool == "float8_e4m3fn" else (8, 0)
     options |= {"scale": size**-0.5}
     if operation == "decode":
-        function: Callable = functools.partial(paged_decode_attention, **options)
-        arguments = (_array((rows, heads, size), dtype), kv, tables, row)
-        return Case(function, arguments, ("paged_decode", "paged_decode_merge"), capability=capability)
+        q, pieces = _array((rows, heads, size), dtype), None
+        if shared:
+            pieces = SharedPrefixes(_array((rows // 4, 8), "int32"), _array((rows // 4,), "int32"))
+
+        def decode(q, kv, tables, row, pieces):
+            return paged_decode_attention(q, kv, tables, row, shared=pieces, **options)
+
+        kernels = ("paged_decode_shared",) if shared else ()
+        kernels += ("paged_decode", "paged_decode_merge")
+        return Case(decode, (q, kv, tables, row, pieces), kernels, capability=capability)
     q = _array((rows, TILE_SIZE, heads, size), dtype)
     function = functools.partial(paged_prefill_attention, **options)
     return Case(function, (q, kv, tables, row, row), ("paged_prefill",), capability=capability)
@@ -97,6 +118,7 @@ def kernels() -> dict[str, Case]:
             cases[f"{operation} bfloat16 32/8 x {size}, window, soft cap, lse"] = _attention(
                 operation, "bfloat16", 32, 8, size, **_EVERYTHING
             )
+    cases["decode bfloat16 32/8 x 128, nothing shared"] = _attention("decode", "bfloat16", 32, 8, 128, shared=False)
     return cases
 
 
@@ -113,7 +135,8 @@ def _step(name: str, decodes: int, tiles: int, num_blocks: int = 4096) -> Case:
         _array((rows, longest), "int32"),
         _array((bucket.packed_size,), "int32"),
     )
-    kernels = ("block_copy", "paged_decode", "paged_decode_merge") + (("paged_prefill",) if tiles else ())
+    kernels = ("block_copy", "paged_decode_shared", "paged_decode", "paged_decode_merge")
+    kernels += ("paged_prefill",) if tiles else ()
     return Case(make_forward(module, BLOCK_SIZE, TILE_SIZE, bucket), arguments, kernels, donate=(1, 2))
 
 

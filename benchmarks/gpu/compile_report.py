@@ -8,6 +8,7 @@ registers or is not there (XLA ran in its place), and where a step copies the po
 import argparse
 import concurrent.futures
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +35,7 @@ def kernel_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
         return [about | {"wrong": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
     rows = []
     for wanted in case.kernels:
-        launch = next((launch for launch in program.launches if launch.name.startswith(wanted)), None)
+        launch = next((launch for launch in program.launches if is_a(launch, wanted)), None)
         if launch is None:
             rows.append(about | {"kernel": wanted, "wrong": "not there"})
             continue
@@ -56,6 +57,11 @@ def kernel_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
     return rows
 
 
+def is_a(launch: deviceless.Launch, kernel: str) -> bool:
+    """Whether this is the kernel of that name; XLA numbers those of equal names."""
+    return re.fullmatch(rf"{kernel}([._]\d+)*", launch.name) is not None
+
+
 def _count(kernel: deviceless.Kernel, opcodes: tuple[str, ...]) -> str:
     return " ".join(f"{n} {opcode}" for opcode in opcodes if (n := kernel.instructions[opcode]))
 
@@ -69,7 +75,7 @@ def step_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
     largest = max(program.temporaries, default=0)
     memory = program.memory
     spilling = [launch for launch in set(program.kernels) if program.kernels[launch].spills]
-    absent = [k for k in case.kernels if not any(launch.name.startswith(k) for launch in program.launches)]
+    absent = [k for k in case.kernels if not any(is_a(launch, k) for launch in program.launches)]
     complaints = {
         "the pool is not updated in place": memory.alias_size_in_bytes < pool_bytes,
         f"temporaries above {TEMPORARY_SHARE:.0%} of the pool": memory.temp_size_in_bytes

@@ -59,7 +59,7 @@ class Inputs(NamedTuple):
     kv: jax.Array  # [num_blocks * 2 * Hkv * block_size, D]
     tables: jax.Array  # [rows, W]
     lengths: jax.Array  # [rows]
-    starts: jax.Array | None  # [rows]: tiles of queries only
+    starts: jax.Array | None  # [rows]: first position of a tile of queries; first position that a decoding row sees
     scales: jax.Array | None  # [num_blocks * 2 * Hkv * block_size]
     sinks: jax.Array | None  # [Hq]
 

@@ -7,7 +7,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
-from pallas_kernels.paged_attention import QuantizedKV, paged_decode_attention, paged_prefill_attention, pool_shape
+from pallas_kernels.paged_attention import (
+    QuantizedKV,
+    SharedPrefixes,
+    paged_decode_attention,
+    paged_prefill_attention,
+    pool_shape,
+)
 
 GPU = AbstractMesh((), (), abstract_device=AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="cuda"))
 OPTIONS = {"scale": 0.1, "return_lse": True, "logit_soft_cap": 5.0, "sliding_window": 100}
@@ -29,6 +35,12 @@ def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
     tables, row = aval((rows, 100), "int32"), aval((rows,), "int32")
     decode = functools.partial(paged_decode_attention, **OPTIONS)
     assert kernels_in(decode, aval((rows, 2 * group, size), dtype), kv, tables, row) == 2  # the splits and their merge
+    shared = SharedPrefixes(aval((2, 8), "int32"), aval((2,), "int32"))
+
+    def decode_shared(q, kv, tables, lengths, shared):
+        return decode(q, kv, tables, lengths, shared=shared)
+
+    assert kernels_in(decode_shared, aval((rows, 2 * group, size), dtype), kv, tables, row, shared) == 3
     prefill = functools.partial(paged_prefill_attention, **OPTIONS)
     assert kernels_in(prefill, aval((rows, 16, 2 * group, size), dtype), kv, tables, row, row) == 1
 

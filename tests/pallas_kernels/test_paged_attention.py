@@ -138,12 +138,16 @@ def test_shared_prefixes_change_nothing(case, implementation):
     made = make(case)
     made.lengths[-2:] = np.maximum(made.lengths[-2:], min(40, made.tables.shape[1] * (CASES | XLA_CASES)[case].block))
     made.tables[made.tables == 0] = 1  # lengths have grown: any block will do
-    shared = share(made, (CASES | XLA_CASES)[case].block)
-    got = decode(made, return_lse=True, implementation=implementation, shared=shared)
+    block = (CASES | XLA_CASES)[case].block
+    shared = share(made, block)
     real = (made.lengths > 0).astype(np.int32)
     oracle = paged_attention(
         made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
     )
+    for members, length in zip(np.asarray(shared.rows), np.asarray(shared.lengths), strict=True):
+        others = members[1:][members[1:] >= 0]
+        made.tables[others, : length // block] = 1  # what is shared is read from the first member's table alone
+    got = decode(made, return_lse=True, implementation=implementation, shared=shared)
     check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
 
 
@@ -197,6 +201,9 @@ def test_fixed_splits_do_not_depend_on_the_batch():
     )
     alone = decode(made, split_tokens=128, implementation="triton")
     np.testing.assert_array_equal(alone[0], decode(crowd, split_tokens=128, implementation="triton")[1])
+    shared = SharedPrefixes(jnp.asarray([[0, 1, 2]]), jnp.asarray([128]))
+    among_sharers = decode(crowd, split_tokens=128, implementation="triton", shared=shared)
+    np.testing.assert_array_equal(alone[0], among_sharers[1])
     wider = made._replace(tables=np.pad(made.tables, ((0, 0), (0, 40))))
     np.testing.assert_array_equal(alone, decode(wider, split_tokens=128, implementation="triton"))
     assert (np.asarray(alone) != np.asarray(decode(made, split_tokens=256, implementation="triton"))).any()
