@@ -22,6 +22,7 @@ from jpaged.cli.collect_env import CollectEnv
 from jpaged.cli.convert import Convert
 from jpaged.cli.flags import named
 from jpaged.cli.generate import Generate
+from jpaged.cli.run_batch import RunBatch
 from jpaged.cli.serve import Serve
 from jpaged.cli.top import Top
 from jpaged.errors import InvalidConfigError, InvalidRequestError, JpagedError, UnsupportedFeatureError
@@ -42,6 +43,7 @@ COMMANDS: dict[tuple[str, ...], type[Command]] = {
     ("bench", "throughput"): Throughput,
     ("bench", "latency"): Latency,
     ("bench", "startup"): Startup,
+    ("run-batch",): RunBatch,
     ("convert",): Convert,
     ("collect-env",): CollectEnv,
 }
@@ -51,6 +53,7 @@ CHOICE: Any = (
     | named(Serve, "serve")
     | named(Top, "top")
     | named(Bench, "bench")
+    | named(RunBatch, "run-batch")
     | named(Convert, "convert")
     | named(CollectEnv, "collect-env")
 )
