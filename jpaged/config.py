@@ -1,9 +1,50 @@
 """EngineConfig: every argument of the engine, in one frozen dataclass. The CLI's flags and help come from here."""
 
 import dataclasses
-from typing import Literal
+import json
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from jpaged.errors import InvalidConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpeculativeConfig:
+    """Speculative decoding by prompt lookup: a sequence may go on as it did where its last tokens stood before.
+
+    Raises:
+      InvalidConfigError: a value is out of range, or unknown.
+    """
+
+    num_speculative_tokens: int
+    """Most tokens that are guessed at a time; each takes a lane of the step that a sequence could have."""
+    method: Literal["ngram"] = "ngram"
+    prompt_lookup_max: int = 4
+    """The longest run of last tokens that is looked for."""
+    prompt_lookup_min: int = 2
+    """The shortest."""
+
+    def __post_init__(self) -> None:
+        if self.method != "ngram":
+            raise InvalidConfigError(f"speculative_config: method={self.method!r} is not offered; there is 'ngram'.")
+        for name in ("num_speculative_tokens", "prompt_lookup_max", "prompt_lookup_min"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 64:
+                raise InvalidConfigError(f"speculative_config: {name}={value!r} must be an integer from 1 to 64.")
+        if self.prompt_lookup_min > self.prompt_lookup_max:
+            raise InvalidConfigError("speculative_config: prompt_lookup_min is above prompt_lookup_max.")
+
+    @classmethod
+    def of(cls, given: "SpeculativeConfig | Mapping[str, Any] | str") -> "SpeculativeConfig":
+        """From a mapping of the fields, or from that as JSON."""
+        if isinstance(given, cls):
+            return given
+        try:
+            return cls(**(json.loads(given) if isinstance(given, str) else given))  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise InvalidConfigError(
+                f'speculative_config: {error}; it takes, say, {{"method": "ngram", "num_speculative_tokens": 7}}.'
+            ) from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,12 +96,18 @@ class EngineConfig:
     """Share of the blocks that admission leaves free."""
     prefill_tile_size: int = 16
     """Tokens of one tile: prompts are computed in pieces of this size, several of them in one step."""
+    speculative_config: SpeculativeConfig | dict[str, Any] | str | None = None
+    """Guess tokens and check several in one step: {"method": "ngram", "num_speculative_tokens": 7}, also as JSON.
+    Changes the speed and nothing else; pays for few sequences whose text repeats itself, or their prompt."""
     warmup: bool = True
     """Compile every step shape before the first request; False: each when it is first needed."""
     compilation_cache_dir: str | None = None
     """Where compiled steps are kept between starts; None: the user's cache folder; "": nowhere."""
 
     def __post_init__(self) -> None:
+        if self.speculative_config is not None:
+            speculative = SpeculativeConfig.of(self.speculative_config)
+            object.__setattr__(self, "speculative_config", speculative)  # __post_init__ of a frozen dataclass
         self._at_least(
             1,
             "block_size",

@@ -186,10 +186,13 @@ class OutputProcessor:
     # ----------------------------------------------------------------------------------------- log-probabilities
 
     def _take_logprobs(self, plan: StepPlan, received: set[Sequence], results: np.ndarray) -> None:
-        for sequence, result in zip(plan.sampling, results, strict=False):  # results are padded
+        guessed = plan.guessed
+        for i, (sequence, result) in enumerate(zip(plan.sampling, results, strict=False)):  # results are padded
             params = sequence.group.params
             if sequence not in received or sequence.group.beams is not None:
                 continue
+            if i in guessed and guessed[i][0] + 1 >= len(sequence.tokens):
+                continue  # a guess was wrong
             if params.logprobs is not None:
                 sequence.logprobs.append(self._logprobs_at(*_chosen(result), result, params.logprobs))
             if params.logprobs is not None or params.ranks_samples:

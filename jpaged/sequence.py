@@ -22,6 +22,7 @@ from jpaged.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.scheduling.beam_search import BeamSearch
+    from jpaged.scheduling.speculation import Ngrams
     from jpaged.structured import Matcher
 
 NO_ROW = -1
@@ -67,6 +68,8 @@ class Sequence:
     """Its place in the batch while it runs."""
     matcher: "Matcher | None" = None
     """How far it is in its grammar; None: its output may have any form."""
+    ngrams: "Ngrams | None" = None
+    """What speculation knows of its tokens."""
     holder: Holder | None = None
     """Gets its blocks when it ends; None: they are released."""
     finish_reason: FinishReason | None = None

@@ -36,6 +36,7 @@ from jpaged.runtime.kv_pool import (
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
 from jpaged.scheduling.plan import make_buckets
+from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.source import Source, ToLinen, on_disk
 
 if TYPE_CHECKING:
@@ -113,6 +114,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
         max_num_batched_tokens=limits.max_num_batched_tokens,
         swap_blocks=swap_blocks(config.swap_space, available_host_memory(), runner.spec),
         preemption_mode=config.preemption_mode,
+        speculator=_speculator(config),
     )
     log.info(
         "KV cache: %d blocks of %d tokens, %.0f MiB; %d step shapes",
@@ -166,17 +168,19 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
             "trained for: positions past them are meaningless."
         )
     seqs = config.max_num_seqs or (32 if on_cpu else 256)
+    speculative: Any = config.speculative_config  # `SpeculativeConfig`, once checked
+    lanes = seqs if speculative is None else max(seqs, 1 + speculative.num_speculative_tokens)
     tile = config.prefill_tile_size
-    batched = config.max_num_batched_tokens or (512 + seqs if on_cpu else 2048 + seqs)
+    batched = config.max_num_batched_tokens or (512 + lanes if on_cpu else 2048 + lanes)
     # The prefill lane takes what the longest decode lane leaves, and one tile at least.
-    tiles = max(1, min(batched - seqs, -(-max_model_len // tile) * tile * seqs) // tile)
-    batched = max(batched, tiles * tile + seqs)
+    tiles = max(1, min(batched - lanes, -(-max_model_len // tile) * tile * seqs) // tile)
+    batched = max(batched, tiles * tile + lanes)
     return Limits(
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
         max_num_batched_tokens=batched,
-        buckets=make_buckets(seqs, tiles, tile),
+        buckets=make_buckets(lanes, tiles, tile),
     )
 
 
@@ -198,6 +202,15 @@ def _dtype(config: EngineConfig, source: Source) -> jnp.dtype:
     if config.dtype == "auto":
         return source.dtype or jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(config.dtype)
+
+
+def _speculator(config: EngineConfig) -> NgramSpeculator | None:
+    speculative: Any = config.speculative_config  # `SpeculativeConfig`, once checked
+    if speculative is None:
+        return None
+    return NgramSpeculator(
+        speculative.num_speculative_tokens, speculative.prompt_lookup_max, speculative.prompt_lookup_min
+    )
 
 
 def _num_blocks(config: EngineConfig, limits: Limits, runner: Runner) -> int:

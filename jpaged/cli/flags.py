@@ -101,9 +101,13 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 def _one_type(hint: Any) -> Any:
-    """`str | list[str] | tuple[str, ...]` says the same three times: a command line needs the tuple only."""
+    """`str | list[str] | tuple[str, ...]` says the same three times: a command line needs the tuple only. What is a
+    structure, or its text, is text there."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        for member in typing.get_args(hint):
+        members = typing.get_args(hint)
+        for member in members:
             if typing.get_origin(member) is tuple:
                 return member
+        if str in members and any(typing.get_origin(member) is dict for member in members):
+            return str | None
     return hint

@@ -157,6 +157,14 @@ class RowTables:
                 copies.append(copy)
         return new, copies
 
+    def grow(self, row: int, position: int, spare: int) -> int:
+        """Appends blocks up to the one of `position` as long as `spare` stay free; returns the positions that a row
+        then has blocks for."""
+        while self.counts[row] * self.block_size <= position and self.num_free > spare:
+            [self.tables[row, self.counts[row]]] = self.allocator.allocate(1)
+            self.counts[row] += 1
+        return int(self.counts[row]) * self.block_size
+
     def own(self, row: int, index: int) -> tuple[int, int] | None:
         """Makes a block of a row its own; returns (source, destination) if that took a copy."""
         shared = int(self.tables[row, index])

@@ -9,6 +9,7 @@ from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, SwapIn, Tile, Variant, logprob_width, smallest_bucket
 from jpaged.scheduling.roster import Roster
 from jpaged.scheduling.sharing import Piece
+from jpaged.scheduling.speculation import Guesses, lanes
 from jpaged.sequence import Sequence, SequenceGroup
 
 
@@ -28,10 +29,22 @@ class Draft:
     rows: np.ndarray = dataclasses.field(default_factory=_none)
     new_blocks: np.ndarray = dataclasses.field(default_factory=_none)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    guesses: list[Guesses] = dataclasses.field(default_factory=list)
     shared: list[Piece] = dataclasses.field(default_factory=list)
     tiles: list[Tile] = dataclasses.field(default_factory=list)
     forked: dict[int, list[Sequence]] = dataclasses.field(default_factory=dict)
     """Number of a tile -> the sequences that draw their next token after it, besides the tile's own."""
+
+    @property
+    def num_drawing(self) -> int:
+        """Sequences that draw a token after a tile."""
+        return sum(1 + len(self.forked.get(i, ())) for i, tile in enumerate(self.tiles) if tile.samples)
+
+    def positions(self, batch: Batch) -> np.ndarray:
+        """Of the decode lane, int32 [d]: the rows' next tokens, then the guesses at those after them."""
+        guessed = [position for _, position, _ in lanes(self.guesses)]
+        first = batch.position[self.rows[: len(self.rows) - len(guessed)]]
+        return np.concatenate([first, np.array(guessed, np.int32)])
 
     @property
     def empty(self) -> bool:
@@ -40,9 +53,9 @@ class Draft:
 
     def finish(self, batch: Batch, roster: Roster, buckets: tuple[Bucket, ...], tile_size: int) -> StepPlan:
         """Makes the plan, and moves the decode lane's rows one position on."""
-        rows = self.rows
-        positions = batch.position[rows]
-        batch.position[rows] += 1
+        rows, positions = self.rows, self.positions(batch)
+        batch.position[rows] += 1  # once, however many guesses a row has: `commit` knows how many were right
+        self.edits.tokens += lanes(self.guesses)
         sequences: list[Sequence] = [batch.by_row[row] for row in rows.tolist()]  # type: ignore[misc]  # none is free
         sampling, after = list(sequences), list(range(len(rows)))
         for i, tile in enumerate(self.tiles):
@@ -69,6 +82,7 @@ class Draft:
             tiles=self.tiles,
             sampling=sampling,
             shared=self.shared,
+            guesses=self.guesses,
             result_rows=np.array([s.row for s in sampling], np.int32),
             result_tokens=result_tokens,
             beams=_beams(sampling, roster) if variant.num_beam_candidates else [],

@@ -26,6 +26,7 @@ import numpy as np
 from jpaged.memory import Swapped
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
 from jpaged.scheduling.sharing import MEMBERS, Piece
+from jpaged.scheduling.speculation import Guesses, lanes
 from jpaged.sequence import Sequence, SequenceGroup
 
 LOGPROB_WIDTHS = (0, 5, MAX_LOGPROBS)
@@ -121,12 +122,12 @@ class SwapIn(NamedTuple):
 
 @dataclasses.dataclass(slots=True)
 class Edits:
-    """Changes to rows that are on the device already: what the host has decided about beams."""
+    """Changes to rows that are on the device already: what the host has decided."""
 
     forks: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     """(source, row): the row's tokens and block table become the source's."""
     tokens: list[tuple[int, int, int]] = dataclasses.field(default_factory=list)
-    """(row, position, token), after the forks."""
+    """(row, position, token), after the forks: beams' tokens, and guesses."""
 
     def __bool__(self) -> bool:
         return bool(self.forks or self.tokens)
@@ -146,19 +147,28 @@ class StepPlan:
     copies: list[tuple[int, int]]
     """Blocks copied on write: (source, destination)."""
     sequences: list[Sequence]
-    """Of the decode lane, in order."""
+    """Of the decode lane, in order; one with guesses stands there several times."""
     rows: np.ndarray  # int32 [d]
     positions: np.ndarray  # int32 [d]: of the token that is computed
     new_blocks: np.ndarray  # int32 [d]: block that is new in the row's table at that token; 0 = none
     tiles: list[Tile]
     sampling: list[Sequence]
-    """The sequences that get a token from this step; result i is that of sampling[i]."""
+    """The sequences that get a token from this step, if what was guessed before it is right; result i is that of
+    sampling[i]."""
     result_rows: np.ndarray  # int32 [n]
     result_tokens: np.ndarray  # int32 [n]: after which of the step's tokens each is sampled
     shared: list[Piece]
     """Rows of the decode lane that begin with the same blocks."""
+    guesses: list[Guesses]
+    """The last lanes of the decode lane: rows that stand there already, one guessed token further each."""
     beams: list[tuple[SequenceGroup, list[int]]]
     """Groups whose beams take a step, and which results are their beams', by rank."""
+
+    @property
+    def guessed(self) -> dict[int, tuple[int, int]]:
+        """Results that hold only if a guess was right: number -> (position, token) of that guess."""
+        first = len(self.rows) - sum(len(g.tokens) for g in self.guesses)
+        return {first + i: (position, token) for i, (_, position, token) in enumerate(lanes(self.guesses))}
 
     @property
     def num_tokens(self) -> int:

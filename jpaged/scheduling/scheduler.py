@@ -14,8 +14,8 @@ leader has caught up they fork: they share all its blocks, and draw their next t
 
 `schedule` runs one step ahead of `commit`: when step N+1 is planned, step N's tokens are still on the device.
 What is known without them is enough: positions advance by one. A sequence that turns out to have ended at
-step N was computed once too often, and that result is dropped. Beams are the exception (`needs_results`): who
-continues whom decides about blocks.
+step N was computed once too often, and that result is dropped. Beams and guesses are the exceptions
+(`needs_results`): who continues whom decides about blocks, and what is known about what is guessed.
 """
 
 import time
@@ -32,6 +32,7 @@ from jpaged.scheduling.plan import Bucket, Edits, StepPlan, Tile
 from jpaged.scheduling.preemption import Preemption, PreemptionMode
 from jpaged.scheduling.roster import Roster
 from jpaged.scheduling.sharing import SharingFinder
+from jpaged.scheduling.speculation import Guesses, NgramSpeculator, lanes
 from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup
 
 
@@ -46,6 +47,7 @@ class Scheduler:
       swap_blocks: blocks that host memory has room for.
       preemption_mode: what becomes of a preempted group's keys and values. auto: a single sequence's are computed
         anew, a group's are swapped out; either way, where the host has no room they are computed anew.
+      speculator: guesses tokens, which steps check where they have lanes to spare.
 
     Progress: groups are served in `order` (priority, then arrival). The first running group is never
     preempted for another one, and alone it always fits (checked by `add`), so it finishes.
@@ -60,6 +62,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
+        speculator: NgramSpeculator | None = None,
     ) -> None:
         self.blocks = blocks
         self.buckets = buckets
@@ -74,6 +77,8 @@ class Scheduler:
         self.preemption = Preemption(blocks, self.batch, self.roster, self._admission, self.swap_space, preemption_mode)
         self._edits = Edits()  # decided by the last commit
         self.sharing = SharingFinder(blocks)
+        self.speculator = speculator
+        self._max_decodes = max(b.decode_rows for b in buckets)
 
     def make_admission(self) -> Admission:
         """How groups get rows and blocks; for schedulers that reserve them otherwise."""
@@ -122,7 +127,7 @@ class Scheduler:
     @property
     def needs_results(self) -> bool:
         """Whether the next step can't be planned before the results of the last one are known."""
-        return any(variant.num_beam_candidates for variant in self.roster.variants)
+        return self.speculator is not None or any(v.num_beam_candidates for v in self.roster.variants)
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -220,7 +225,9 @@ class Scheduler:
             self._admit(draft)
         if draft.empty:
             return None
-        draft.shared = self.sharing.find(draft.rows, self.batch.position[draft.rows])
+        if self.speculator is not None:
+            self._speculate(draft, self.speculator)
+        draft.shared = self.sharing.find(draft.rows, draft.positions(self.batch))
         return draft.finish(self.batch, self.roster, self.buckets, self.tile_size)
 
     def _schedule_decodes(self, draft: Draft) -> None:
@@ -268,6 +275,31 @@ class Scheduler:
             self._schedule_chunks(draft)
             self._admission.decode_at_once(group, draft, self._tiles_left(draft) * self.tile_size)
 
+    def _speculate(self, draft: Draft, speculator: NgramSpeculator) -> None:
+        """Lets rows of the decode lane go several tokens on, as far as lanes and blocks are there to spare."""
+        blocks, rows = self.blocks, draft.rows
+        budget = self.max_num_batched_tokens - len(draft.tiles) * self.tile_size
+        left = min(self._max_decodes - draft.num_drawing, budget) - len(rows)
+        spare = blocks.watermark_blocks + len(rows)
+        for row in rows.tolist():
+            sequence: Sequence = self.batch.by_row[row]  # type: ignore[assignment]  # no row is free
+            if sequence in draft.admitted:
+                continue  # its tokens are uploaded after the step's edits, which the guesses are
+            position = int(self.batch.position[row]) + 1
+            most = min(left, int(self.batch.end[row]) - position)
+            tokens = speculator.guess(sequence, most) if most > 0 else []
+            tokens = tokens[: blocks.grow(row, position + len(tokens) - 1, spare) - position] if tokens else []
+            if tokens:
+                draft.guesses.append(Guesses(row, position, tokens))
+                left -= len(tokens)
+        if draft.guesses:
+            guessed = np.array([[row, position] for row, position, _ in lanes(draft.guesses)], np.int32).T
+            draft.rows = np.concatenate([rows, guessed[0]])
+            # Lanes of one row write the same entry of its table: each must bring what stands there.
+            entries = blocks.tables[draft.rows, draft.positions(self.batch) // blocks.block_size]
+            fresh = np.concatenate([draft.new_blocks, np.zeros_like(guessed[0])])
+            draft.new_blocks = np.where(np.isin(draft.rows, guessed[0]), entries, fresh)
+
     def _tiles_left(self, draft: Draft) -> int:
         """Tiles that the step still has room for."""
         most = (self.max_num_batched_tokens - len(draft.rows)) // self.tile_size
@@ -287,10 +319,15 @@ class Scheduler:
         """
         size, received = self.blocks.block_size, []
         tokens = results[: len(plan.sampling), 0].tolist()
-        for sequence, token in zip(plan.sampling, tokens, strict=True):
+        guessed = plan.guessed
+        for i, (sequence, token) in enumerate(zip(plan.sampling, tokens, strict=True)):
             if sequence.finish_reason is not None or sequence.group.beams is not None:
                 continue
             known = sequence.tokens
+            if i in guessed:
+                if guessed[i] != (len(known) - 1, known[-1]):
+                    continue  # a guess was wrong
+                self.batch.position[sequence.row] += 1
             known.append(token)
             received.append(sequence)
             count = len(known)
@@ -301,6 +338,11 @@ class Scheduler:
                 self.finish(sequence, FinishReason.LENGTH)
             elif (count - 1) % size == 0 and sequence.row != NO_ROW:
                 self.blocks.seal(sequence.row, known, count - 1)
+        if self.speculator is not None:
+            for row, position, guesses in plan.guesses:
+                sequence = plan.sequences[int(np.flatnonzero(plan.rows == row)[0])]
+                accepted = min(len(sequence.tokens) - position - 1, len(guesses))
+                self.speculator.learn(sequence, len(guesses), accepted)
         if candidates is not None:
             received += self._commit_beams(plan, results, candidates)
         return received

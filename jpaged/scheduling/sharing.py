@@ -49,8 +49,10 @@ class SharingFinder:
     def _find(self, rows: np.ndarray, positions: np.ndarray) -> list[Piece]:
         blocks = self._blocks
         full = positions // blocks.block_size  # blocks before the one that is written
-        first_is_shared = blocks.allocator.refs[blocks.tables[rows, 0]] > 1
-        lanes = np.flatnonzero(first_is_shared & (full > 0))
+        readers = blocks.allocator.refs[blocks.tables[rows, 0]]
+        if len(rows):
+            readers = readers * np.bincount(rows)[rows]  # a row with guesses has several lanes
+        lanes = np.flatnonzero((readers > 1) & (full > 0) & (blocks.firsts[rows] == 0))
         if len(lanes) < self._min_members:
             return []
         tables = blocks.tables[rows[lanes], : full[lanes].max()]

@@ -15,6 +15,7 @@ from jpaged.llm import LLM
 from jpaged.memory import BlockManager
 from jpaged.scheduling import Scheduler
 from jpaged.scheduling.scheduler import PreemptionMode
+from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.startup import Components, build
 
 GOLDENS = Path(__file__).parent.parent / "goldens"
@@ -34,6 +35,7 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
         seed: int = 0,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
+        speculator: NgramSpeculator | None = None,
     ) -> LLMEngine:
         rows, width = parts.blocks.tables.shape
         total = parts.blocks.allocator.num_blocks
@@ -53,6 +55,7 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
             max_num_batched_tokens=max_num_batched_tokens or parts.scheduler.max_num_batched_tokens,
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,
+            speculator=speculator,
         )
         mine: Components = dataclasses.replace(parts, blocks=blocks, scheduler=scheduler)
         settings = dataclasses.replace(config, scheduling_policy=scheduling_policy, seed=seed)

@@ -25,6 +25,7 @@ from jpaged.scheduling.beams import Candidates, new_search
 from jpaged.scheduling.plan import make_buckets, split_packed
 from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.scheduling.sharing import SharingFinder
+from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
 
 VOCAB = 4
@@ -137,7 +138,7 @@ class Device:
         blocks[destinations] = blocks[sources]
 
     def _check_pieces(self, pieces: np.ndarray, decode: np.ndarray) -> None:
-        """Rows that are read together share blocks that are full and before all of their queries; a row is in one piece."""
+        """Rows that are read together share blocks that are full and before all of their queries; a lane is in one piece."""
         seen: list[int] = []
         for *members, count in pieces.tolist():
             if count:
@@ -145,7 +146,7 @@ class Device:
                 assert len(rows) > 1
                 assert (self.tables[rows, :count] == self.tables[rows[0], :count]).all()
                 assert (count * self.block_size <= positions).all()
-                seen += rows.tolist()
+                seen += [m for m in members if m >= 0]
         assert len(set(seen)) == len(seen)
 
     def _of_token(self, token: int, decode: np.ndarray, prefill: np.ndarray) -> tuple[int, int]:
@@ -186,6 +187,7 @@ class Device:
         written: set[int] = set()
         for row, start, end in work:
             chain = self._chains[row]
+            del chain[start:]  # a wrong guess may stand there
             while len(chain) < end:
                 chain.append(
                     self.prefixes.extend(chain[-1] if chain else Prefixes.EMPTY, int(self.tokens[row, len(chain)]))
@@ -213,6 +215,7 @@ class NullEngine:
       max_tiles: tiles of the largest bucket; None: as many as the token budget holds.
       checked: False runs ten times faster: the device does not look, tokens mean nothing, and `check` is the
         caller's business.
+      guesses: how many tokens are guessed at a time; with four tokens to guess among, many guesses are right.
       timed: False looks at nobody's waiting time, which takes as long as the queue is.
     """
 
@@ -233,6 +236,7 @@ class NullEngine:
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
         window: int | None = None,
+        guesses: int = 0,
     ) -> None:
         self.blocks = BlockManager(
             num_blocks + 1,
@@ -245,11 +249,12 @@ class NullEngine:
         )
         self.scheduler = Scheduler(
             self.blocks,
-            make_buckets(rows, max_tiles or budget // tile_size, tile_size),
+            make_buckets(max(rows, min(guesses + 1, budget)), max_tiles or budget // tile_size, tile_size),
             tile_size=tile_size,
             max_num_batched_tokens=budget,
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,
+            speculator=NgramSpeculator(guesses, longest=2, shortest=1) if guesses else None,
         )
         self.scheduler.sharing = SharingFinder(self.blocks, min_members=2, min_saved_tokens=1)
         self.max_len, self.budget, self.checked, self._timed = max_len, budget, checked, timed
@@ -418,7 +423,9 @@ class NullEngine:
         scheduler, blocks = self.scheduler, self.blocks
         tile_rows = [t.row for t in plan.tiles]
         assert len(plan.rows) + len(plan.tiles) * scheduler.tile_size <= self.budget, "over the token budget"
-        assert len(set(plan.rows.tolist())) == len(plan.rows) <= plan.bucket.decode_rows
+        lanes = list(zip(plan.rows.tolist(), plan.positions.tolist(), strict=True))
+        assert len(set(lanes)) == len(lanes) <= plan.bucket.decode_rows
+        assert plan.guesses or len(set(plan.rows.tolist())) == len(lanes)
         assert len(plan.tiles) <= plan.bucket.prefill_tiles
         assert not set(plan.rows.tolist()) & set(tile_rows), "a row in both lanes"
         assert [s.row for s in plan.sequences] == plan.rows.tolist()

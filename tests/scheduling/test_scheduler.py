@@ -295,6 +295,7 @@ def test_pack_pads_with_the_null_row():
         result_rows=np.array([4, 1, 5, 6], np.int32),
         result_tokens=np.array([0, 1, 19, 19], np.int32),
         shared=[Piece([1, 0], 2), Piece([0, 1], 1)],  # one more than the bucket has room for
+        guesses=[],
         beams=[],
     )
     assert plan.pack(99).reshape(-1).tolist() == [

@@ -49,6 +49,7 @@ def engines(draw):
         swap_blocks=draw(st.sampled_from([0, 4, 12, 100])),
         preemption_mode=draw(st.sampled_from(["auto", "auto", "swap", "recompute"])),
         window=draw(st.sampled_from([None, None, 1, 5, 12])),
+        guesses=draw(st.sampled_from([0, 0, 1, 3, 6])),
     )
 
 
