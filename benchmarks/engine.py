@@ -42,6 +42,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--num-blocks", type=int, default=1456, help="of the pool; 1456 of SmolLM2's are 1 GiB in float32"
     )
+    parser.add_argument("--speculate", type=int, metavar="N", help="guess up to N tokens at a time, by prompt lookup")
     parser.add_argument("--no-prefix-caching", action="store_true")
     parser.add_argument("--no-warmup", action="store_true", help="compile only what the workload needs")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=COMMAND")
@@ -64,6 +65,7 @@ def measure(args: argparse.Namespace) -> dict:
         prefill_tile_size=args.prefill_tile_size,
         num_gpu_blocks_override=args.num_blocks,
         enable_prefix_caching=not args.no_prefix_caching,
+        speculative_config={"num_speculative_tokens": args.speculate} if args.speculate else None,
         warmup=not args.no_warmup,
     )
     ready = time.perf_counter() - start
