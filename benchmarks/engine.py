@@ -38,7 +38,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-model-len", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int)
-    parser.add_argument("--prefill-tile-size", type=int, default=16)
+    parser.add_argument("--prefill-tile-size", type=int)
     parser.add_argument(
         "--num-blocks", type=int, default=1456, help="of the pool; 1456 of SmolLM2's are 1 GiB in float32"
     )

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 import checkpoints
-from jpaged.config import EngineConfig
+from jpaged.config import SMALLEST_TILE, EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
 from jpaged.models.config import ModelConfig
@@ -56,6 +56,7 @@ class Limits:
     dtype: jnp.dtype
     max_model_len: int
     max_num_seqs: int
+    tile_size: int
     max_num_batched_tokens: int
     buckets: tuple[Bucket, ...]
 
@@ -110,7 +111,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
     scheduler = Scheduler(
         blocks,
         limits.buckets,
-        tile_size=config.prefill_tile_size,
+        tile_size=limits.tile_size,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         swap_blocks=swap_blocks(config.swap_space, available_host_memory(), runner.spec),
         preemption_mode=config.preemption_mode,
@@ -153,7 +154,7 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
         KVPoolSpec.of(checkpoint.config, kept_as, 2, config.block_size, mesh),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
-        tile_size=config.prefill_tile_size,
+        tile_size=limits.tile_size,
     )
 
 
@@ -170,7 +171,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
     seqs = config.max_num_seqs or (32 if on_cpu else 256)
     speculative: Any = config.speculative_config  # `SpeculativeConfig`, once checked
     lanes = seqs if speculative is None else max(seqs, 1 + speculative.num_speculative_tokens)
-    tile = config.prefill_tile_size
+    tile = config.prefill_tile_size or default_tile_size(jax.default_backend(), model)
     batched = config.max_num_batched_tokens or (512 + lanes if on_cpu else 2048 + lanes)
     # The prefill lane takes what the longest decode lane leaves, and one tile at least.
     tiles = max(1, min(batched - lanes, -(-max_model_len // tile) * tile * seqs) // tile)
@@ -179,9 +180,20 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_seqs=seqs,
+        tile_size=tile,
         max_num_batched_tokens=batched,
         buckets=make_buckets(lanes, tiles, tile),
     )
+
+
+def default_tile_size(platform: str, model: ModelConfig) -> int:
+    """Tokens of a tile. A prefill kernel's product has 128 rows: queries, times the heads that share keys.
+
+    On CPU products need fewer rows, and tiles that end with their prompts waste less.
+    """
+    if platform == "cpu":
+        return SMALLEST_TILE
+    return 128 if model.cache_shape[1] == model.num_attention_heads else 64
 
 
 def warm_up(runner: Runner, buckets: tuple[Bucket, ...]) -> None:

@@ -70,7 +70,7 @@ def _engine(dry: bool, max_num_seqs: int, max_model_len: int):
         spec,
         max_num_seqs=max_num_seqs,
         max_model_len=max_model_len,
-        tile_size=config.prefill_tile_size,
+        tile_size=limits.tile_size,
     )
     width = -(-max_model_len // config.block_size)
     num_blocks = _num_blocks(spec, max_num_seqs * width + 1)
@@ -79,7 +79,7 @@ def _engine(dry: bool, max_num_seqs: int, max_model_len: int):
     scheduler = Scheduler(
         blocks,
         limits.buckets,
-        tile_size=config.prefill_tile_size,
+        tile_size=limits.tile_size,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         swap_blocks=0,
     )

@@ -12,7 +12,7 @@ from benchmarks.gpu.timing import matmul_flops, seconds
 from pallas_kernels.paged_attention import paged_prefill_attention
 
 # Rows, tokens cached before, queries of each row.
-CASES = ((1, 0, 2048), (8, 0, 2048), (1, 0, 8192), (16, 0, 512), (4, 8192, 512), (1, 32768, 2048), (128, 1024, 16))
+CASES = ((1, 0, 2048), (8, 0, 2048), (1, 0, 8192), (16, 0, 512), (4, 8192, 512), (1, 32768, 2048), (32, 1024, 64))
 HEADS = ((32, 8), (40, 40))
 DRY_CASES = ((2, 16, 16),)
 

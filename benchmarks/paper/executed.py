@@ -87,7 +87,7 @@ def execute(
     Returns: figures, and every request's tokens.
     """
     limits = resolve_limits(config, parts.model_config, parts.runner.spec.dtype)
-    shapes = Shapes(limits.max_num_seqs, config.prefill_tile_size, limits.max_num_batched_tokens, limits.buckets)
+    shapes = Shapes(limits.max_num_seqs, limits.tile_size, limits.max_num_batched_tokens, limits.buckets)
     scheduler = make_scheduler(system, load.settings, shapes)
     engine = LLMEngine(config, components=dataclasses.replace(parts, scheduler=scheduler, blocks=scheduler.blocks))
     for i, (prompt, output) in enumerate(zip(load.prompts, load.outputs, strict=True)):

@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 class CompileReport:
     """Tells of each program that the runner compiles; one line sums up when the first answer comes."""
 
-    def __init__(self, status: Status, tile_size: int) -> None:
+    def __init__(self, status: Status) -> None:
         self._status = status
-        self._tile_size = tile_size
+        self.tile_size = 0  # of the engine, once there is one
         self._misses = CacheEvents.get().misses
         self._count, self._seconds = 0, 0.0
 
     @contextlib.contextmanager
     def __call__(self, key: tuple) -> Iterator[None]:
         start, misses = time.monotonic(), CacheEvents.get().misses
-        with self._status.doing(f"compiling {describe(key, self._tile_size)}") as remarks:
+        with self._status.doing(f"compiling {describe(key, self.tile_size)}") as remarks:
             yield
             if CacheEvents.get().misses == misses:
                 remarks.append("from the cache")
@@ -86,7 +86,7 @@ def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, Compi
         from jpaged.engine import LLMEngine
 
         jax.devices()
-    report = CompileReport(status, config.prefill_tile_size)
+    report = CompileReport(status)
     # On a terminal the engine shows bars of its own.
     quiet = (
         contextlib.nullcontext()
@@ -95,7 +95,7 @@ def open_engine(config: EngineConfig, status: Status) -> "tuple[LLMEngine, Compi
     )
     with quiet:
         engine = LLMEngine(config)
-    engine.runner.on_compile = report
+    report.tile_size, engine.runner.on_compile = engine.runner.tile_size, report
     return engine, report
 
 

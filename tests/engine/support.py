@@ -51,7 +51,7 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
         scheduler = Scheduler(
             blocks,
             parts.scheduler.buckets,
-            tile_size=config.prefill_tile_size,
+            tile_size=parts.scheduler.tile_size,
             max_num_batched_tokens=max_num_batched_tokens or parts.scheduler.max_num_batched_tokens,
             swap_blocks=swap_blocks,
             preemption_mode=preemption_mode,

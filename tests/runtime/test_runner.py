@@ -10,10 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+import checkpoints
 from jpaged import SamplingParams
 from jpaged.scheduling.plan import make_buckets
-from jpaged.startup import Limits, resolve_limits
-from tests.engine.support import run
+from jpaged.startup import Limits, default_tile_size, resolve_limits
+from tests.engine.support import GOLDENS, run
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -80,6 +81,16 @@ def test_default_limits(tiny):
     limits: Limits = resolve_limits(EngineConfig(), tiny().model_config, np.dtype("float32"))
     assert limits.max_model_len == 256, "the model's own limit"
     assert len(limits.buckets) <= 13
+    assert limits.tile_size == 16
+
+
+def test_tiles_fill_the_products_of_the_device(tiny):
+    """128 rows on GPU: queries times the heads that share keys, of which all of a latent's do."""
+    sizes = {"llama": 64, "opt": 128, "deepseek_v3": 64}
+    for name, size in sizes.items():
+        config = checkpoints.load(GOLDENS / "models" / name, skip_tokenizer=True).config
+        assert default_tile_size("gpu", config) == size
+        assert default_tile_size("cpu", config) == 16
 
 
 COUNT_COMPILATIONS = """
