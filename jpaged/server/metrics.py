@@ -114,14 +114,15 @@ class Metrics:
 
     def _take_end(self, output: RequestOutput) -> None:
         group = self._groups.pop(output.request_id, None)
+        generated = 0
         if group is not None:
             del self._last_token[group]
             generated = sum(sequence.num_output_tokens for sequence in group.sequences)
             if group.beams is not None:
                 self.generation_tokens += generated
-            self._prompt_lengths.observe(len(output.prompt_token_ids))
-            self._generated_lengths.observe(generated)
-            self._n.observe(group.params.n)
+        self._prompt_lengths.observe(len(output.prompt_token_ids))
+        self._generated_lengths.observe(generated)
+        self._n.observe(len(output.outputs))
         times = output.metrics
         if times.finished_time is not None:
             self._e2e.observe(times.finished_time - times.arrival_time)
