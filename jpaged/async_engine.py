@@ -26,6 +26,7 @@ from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.sequence import Pooling
+from jpaged.snapshots import Snapshot
 from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
 
@@ -67,8 +68,8 @@ class AsyncLLM:
         **arguments,
     ) -> None:
         self.engine = engine or LLMEngine(config, **arguments)
-        self.on_outputs: Callable[[list[RequestOutput]], None] = lambda outputs: None
-        """Called on the engine's thread with the outputs of each step."""
+        self.on_outputs: list[Callable[[list[RequestOutput]], None]] = []
+        """Called on the engine's thread with the outputs of each step, before their readers have them."""
         self.on_death: Callable[[EngineDeadError], None] = lambda error: None
         """Called once, on whatever thread, when the engine has died."""
         self.num_rejected = 0
@@ -115,6 +116,7 @@ class AsyncLLM:
         priority: int = 0,
         scored_from: int = 0,
         pooling: Pooling | None = None,
+        keep: bool = False,
     ) -> Stream:
         """Queues a request; returns when it is accepted.
 
@@ -124,6 +126,7 @@ class AsyncLLM:
           request_id: unique among the unfinished requests; None: made up.
           priority: smaller is served first; needs scheduling_policy="priority".
           scored_from, pooling: see `LLMEngine.add_request`.
+          keep: it goes on when its reader leaves, until `drop`; others may `attach`.
 
         Raises:
           InvalidRequestError: it can't be served as asked.
@@ -138,11 +141,51 @@ class AsyncLLM:
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
             options = {"priority": priority, "scored_from": scored_from, "pooling": pooling}
-            await self.call(lambda engine: self._add(engine, stream, tokenized, params, **options))
+            await self.call(lambda engine: self._add(engine, stream, tokenized, params, keep, **options))
         except asyncio.CancelledError:
             stream.close()
             raise
         return stream
+
+    async def attach(self, request_id: str, kind: RequestOutputKind) -> Stream | None:
+        """One more reader of an unfinished request; None: there is none of this name.
+
+        Args:
+          kind: DELTA: the first output begins with the first token.
+        """
+        stream = self._stream(request_id, kind)
+        try:
+            return stream if await self.call(lambda engine: self._streams.join(stream)) else None
+        except asyncio.CancelledError:
+            stream.close()
+            raise
+
+    def ended(self, output: RequestOutput, kind: RequestOutputKind) -> Stream:
+        """A reader of a request that has finished: it gets this output."""
+        stream = self._stream(output.request_id, kind)
+        stream.put(output)
+        return stream
+
+    async def restore(self, snapshot: Snapshot) -> None:
+        """Goes on with a snapshot's requests, as if they had been submitted with `keep`; see `LLMEngine.restore`."""
+
+        def go_on(engine: LLMEngine) -> None:
+            engine.restore(snapshot)
+            for record in snapshot.requests:
+                self._streams.open(record.request_id, kept=True)
+
+        await self.call(go_on)
+
+    async def suspend[T](self, take: Callable[[LLMEngine], T], error: Exception) -> T:
+        """Stops computing, takes what `take` wants to keep of the engine, and ends every stream with an error."""
+
+        def stop(engine: LLMEngine) -> T:
+            self._paused = True
+            taken = take(engine)
+            self._streams.fail_all(error)
+            return taken
+
+        return await self.call(stop)
 
     def _stream(self, request_id: str, kind: RequestOutputKind) -> Stream:
         return Stream(request_id, kind, self._streams.lock, self._forget)
@@ -150,6 +193,11 @@ class AsyncLLM:
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; their readers get what they had, with finish reason `abort`. Unknown ids are ignored."""
         await self.call(lambda engine: engine.abort(request_id))
+
+    def drop(self, request_ids: list[str]) -> None:
+        """Aborts requests, and does not wait for it. Nobody needs to read them any more."""
+        with contextlib.suppress(EngineDeadError):
+            self._send(lambda: self.engine.abort(request_ids))
 
     async def abort_all(self) -> None:
         """Ends every request, as `abort` does."""
@@ -285,7 +333,9 @@ class AsyncLLM:
         except Exception as error:
             done.set_exception(error)
 
-    def _add(self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, **options: Any) -> None:
+    def _add(
+        self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, keep: bool, **options: Any
+    ) -> None:
         waiting, most = engine.scheduler.num_waiting, self._max_reqs
         tokens, most_tokens = engine.scheduler.num_waiting_tokens, self._max_tokens
         if most is not None and waiting >= most:
@@ -298,14 +348,17 @@ class AsyncLLM:
                 f"requests with {tokens} prompt tokens are waiting already, and the limit is {most_tokens}: "
                 "try again later."
             )
-        if params.output_kind is RequestOutputKind.DELTA:
+        if keep or params.output_kind is RequestOutputKind.DELTA:
             params = dataclasses.replace(params, output_kind=RequestOutputKind.CUMULATIVE)  # streams cut
         engine.add_request(stream.request_id, prompt, params, **options)
-        self._streams.open(stream.request_id, kept=False)
+        self._streams.open(stream.request_id, kept=keep)
         self._streams.join(stream)
+        if keep:
+            stream.begun = engine.snapshot([stream.request_id])
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
-        self.on_outputs(outputs)
+        for listen in self.on_outputs:
+            listen(outputs)
         self.engine.abort(self._streams.deliver(outputs))
 
     # --------------------------------------------------------------------------------------------------- death

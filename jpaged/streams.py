@@ -13,6 +13,7 @@ from typing import Self
 
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind
+from jpaged.snapshots import Snapshot
 
 
 class Stream:
@@ -23,12 +24,14 @@ class Stream:
 
     Attributes:
       request_id: the request's name.
+      begun: of a request that is kept: how it began, for `LLMEngine.restore`.
     """
 
     def __init__(
         self, request_id: str, kind: RequestOutputKind, lock: threading.Lock, on_close: Callable[["Stream"], None]
     ) -> None:
         self.request_id = request_id
+        self.begun: Snapshot | None = None
         self._kind = kind
         self._lock, self._on_close = lock, on_close
         self.loop = asyncio.get_running_loop()
@@ -130,9 +133,12 @@ class Streams:
         """
         self._requests[request_id] = _Request(kept)
 
-    def join(self, stream: Stream) -> None:
-        """One more reader of an unfinished request."""
-        self._requests[stream.request_id].readers.append(stream)
+    def join(self, stream: Stream) -> bool:
+        """One more reader of a request. Returns whether it is unfinished; else nothing will come."""
+        request = self._requests.get(stream.request_id)
+        if request is not None:
+            request.readers.append(stream)
+        return request is not None
 
     def leave(self, stream: Stream) -> bool:
         """A reader has left. Returns whether its request has lost its last one, and is forgotten."""

@@ -7,14 +7,14 @@ from fastapi.middleware.cors import CORSMiddleware
 
 import jpaged
 from jpaged.async_engine import AsyncLLM
-from jpaged.server import admin, chat, completions, embeddings, errors, score, status, tokenize, ui
+from jpaged.server import admin, chat, completions, embeddings, errors, requests, score, status, tokenize, ui
 from jpaged.server.config import ServerConfig
 from jpaged.server.metrics import Metrics
 from jpaged.server.middleware import Guard, Limits, RequestIds
 from jpaged.server.protocol import ErrorResponse
 from jpaged.server.service import Service
 
-_FAILURES = (400, 401, 404, 405, 408, 413, 415, 431, 500, 503)
+_FAILURES = (400, 401, 404, 405, 408, 409, 413, 415, 431, 500, 503)
 
 
 def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
@@ -44,6 +44,8 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         app.include_router(router)
     if config.enable_admin_endpoints:
         app.include_router(admin.router_of(service))
+    if service.durable is not None:
+        app.include_router(requests.router_of(service, service.durable))
     if config.enable_ui:
         app.include_router(ui.router_of(service, metrics))
     # The last one added stands in front: pages ask for CORS without a key.
@@ -53,7 +55,10 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
         app.add_middleware(RequestIds)
     if config.allowed_origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=config.allowed_origins, allow_methods=["GET", "POST"], allow_headers=["*"]
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
         )
     return app
 

@@ -1,7 +1,6 @@
 """POST /v1/chat/completions."""
 
-import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,9 +10,12 @@ from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.completions import prompt_logprobs
 from jpaged.server.errors import ApiError
+from jpaged.server.ledger import Entry
 from jpaged.server.messages import render
+from jpaged.server.positions import Position, Positions
 from jpaged.server.protocol import ChatRequest, NamedTool
-from jpaged.server.service import Service, Usage, final_outputs, new_id, structure_of
+from jpaged.server.service import Service, Usage, final_outputs, structure_of
+from jpaged.server.tickets import Ticket
 from jpaged.server.tools import FORMATS, REQUIRED, CallParser, Format, named, schema_of_call, schema_of_calls
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
 from jpaged.streams import Stream
@@ -29,7 +31,7 @@ def router_of(service: Service) -> APIRouter:
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answers chats."""
-        return await ChatCompletion(service, body).run(request)
+        return await ChatCompletion(service, body, service.ticket("chatcmpl", body, request)).run(request)
 
     return router
 
@@ -37,26 +39,35 @@ def router_of(service: Service) -> APIRouter:
 class ChatCompletion:
     """One request."""
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
-        self._service, self._body = service, body
-        self._model = service.check_model(body.model)
-        self._id = new_id("chatcmpl", body.request_id)
-        self._created = int(time.time())
+    Body = ChatRequest
+
+    def __init__(self, service: Service, body: ChatRequest, ticket: Ticket) -> None:
+        self._service, self._body, self._ticket = service, body, ticket
         self._structure: StructuredOutputsParams | None = None
         self._format = self._decide_on_tools()
 
     async def run(self, request: Request) -> Response:
-        service, body = self._service, self._body
+        service, body, ticket = self._service, self._body, self._ticket
+        known = service.known(ticket, body)
+        if known is not None:
+            return await self.again(request, known, {})
         params = self._params()
         tokenizer = service.tokenizer
         prompt = await service.llm.in_worker(
             lambda: render(tokenizer, body.messages, body, with_tools=self._format is not None)
         )
         prompt = service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens)
-        streams = await service.submit(body, self._id, [prompt], params)
-        if body.stream:
-            return stream_events(service, streams, self._events(streams[0]))
-        return await answer(service, request, streams, self._whole(streams))
+        streams = await service.submit(body, ticket.id, [prompt], params, ticket=ticket)
+        return await self._answer(request, streams, {})
+
+    async def again(self, request: Request, entry: Entry, have: dict[int, Position]) -> Response:
+        """Answers once more; what the client has of a stream is left out."""
+        return await self._answer(request, await self._service.attach(entry, self._body), have)
+
+    async def _answer(self, request: Request, streams: Sequence[Stream], have: dict[int, Position]) -> Response:
+        if self._body.stream:
+            return stream_events(self._service, streams, self._events(streams[0], have))
+        return await answer(self._service, request, streams, self._whole(streams))
 
     def _params(self) -> SamplingParams:
         body = self._body
@@ -147,8 +158,9 @@ class ChatCompletion:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    async def _events(self, stream: Stream) -> AsyncIterator[bytes]:
+    async def _events(self, stream: Stream, have: dict[int, Position]) -> AsyncIterator[bytes]:
         usage, head, options = Usage(), self._head("chat.completion.chunk"), self._body.stream_options
+        positions = self._service.positions(have)
         parsers: dict[int, CallParser | None] = {}
         closed: set[int] = set()
         async for output in stream:
@@ -162,15 +174,17 @@ class ChatCompletion:
                     continue
                 usage.completion += len(completion.token_ids)
                 extra = {"usage": usage.as_dict()} if options and options.continuous_usage_stats else {}
-                for choice in self._chunks(completion, parsers[completion.index]):
-                    yield event({**head, "choices": [choice], **extra})
+                for choice in self._chunks(completion, parsers[completion.index], positions):
+                    yield event({**head, "choices": [choice], **extra}, positions.event_id)
                 if completion.finished():
                     closed.add(completion.index)
         if options and options.include_usage:
             yield event({**head, "choices": [], "usage": usage.as_dict()})
 
-    def _chunks(self, completion: CompletionOutput, parser: CallParser | None) -> list[dict[str, Any]]:
-        """What a sequence's new text and its end give rise to."""
+    def _chunks(
+        self, completion: CompletionOutput, parser: CallParser | None, positions: Positions
+    ) -> Iterator[dict[str, Any]]:
+        """What a sequence's new text and its end give rise to, and the client does not have."""
         text, reason = completion.text, completion.finish_reason
         calls: list[dict[str, Any]] = []
         if parser is not None:
@@ -179,18 +193,18 @@ class ChatCompletion:
                 rest, calls = parser.finish()
                 text, calls = text + rest, self._allowed(calls)
                 reason = "tool_calls" if calls else reason
-        chunks = []
+        completion = positions.new(completion.index, completion, text)
         logprobs = self._logprobs(completion) if completion.token_ids else None
-        if text or logprobs:
-            chunks.append(_chunk(completion.index, {"content": text}, logprobs))
+        if completion.text or logprobs:
+            chunk = _chunk(completion.index, {"content": completion.text}, logprobs)
             if self._body.return_token_ids:
-                chunks[-1]["token_ids"] = completion.token_ids
-        if calls:
-            chunks.append(_chunk(completion.index, {"tool_calls": calls}))
+                chunk["token_ids"] = completion.token_ids
+            yield chunk
+        if calls and positions.take_calls(completion.index):
+            yield _chunk(completion.index, {"tool_calls": calls})
         if reason is not None:
             end = _chunk(completion.index, {})
-            chunks.append({**end, "finish_reason": reason, "stop_reason": completion.stop_reason})
-        return chunks
+            yield {**end, "finish_reason": reason, "stop_reason": completion.stop_reason}
 
     def _allowed(self, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return calls[:1] if self._body.parallel_tool_calls is False else calls
@@ -203,7 +217,8 @@ class ChatCompletion:
         return {"content": [_token_logprobs(token, at, count) for token, at in pairs], "refusal": None}
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        ticket = self._ticket
+        return {"id": ticket.id, "object": kind, "created": ticket.created, "model": ticket.model}
 
 
 def _chunk(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:

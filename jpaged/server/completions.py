@@ -1,6 +1,5 @@
 """POST /v1/completions."""
 
-import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +9,11 @@ from fastapi.responses import Response
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.errors import ApiError
+from jpaged.server.ledger import Entry
+from jpaged.server.positions import Position
 from jpaged.server.protocol import CompletionRequest
-from jpaged.server.service import Service, TokenizedPrompt, Usage, final_outputs, merged, new_id
+from jpaged.server.service import Service, Usage, final_outputs, merged
+from jpaged.server.tickets import Ticket
 from jpaged.server.transport import JsonRoute, answer, event, stream_events
 from jpaged.streams import Stream
 
@@ -27,7 +29,7 @@ def router_of(service: Service) -> APIRouter:
     @router.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continues prompts."""
-        return await Completions(service, body).run(request)
+        return await Completions(service, body, service.ticket("cmpl", body, request)).run(request)
 
     return router
 
@@ -35,23 +37,32 @@ def router_of(service: Service) -> APIRouter:
 class Completions:
     """One request."""
 
-    def __init__(self, service: Service, body: CompletionRequest) -> None:
-        self._service, self._body = service, body
-        self._model = service.check_model(body.model)
-        self._id = new_id("cmpl", body.request_id)
-        self._created = int(time.time())
+    Body = CompletionRequest
+
+    def __init__(self, service: Service, body: CompletionRequest, ticket: Ticket) -> None:
+        self._service, self._body, self._ticket = service, body, ticket
         # OpenAI's way to score a text: echo it, and generate nothing.
         self._scores_only = bool(body.echo) and body.max_tokens == 0
 
     async def run(self, request: Request) -> Response:
-        service, body = self._service, self._body
+        service, body, ticket = self._service, self._body, self._ticket
+        known = service.known(ticket, body)
+        if known is not None:
+            return await self.again(request, known, {})
         params = self._params()
         prompts = await service.llm.in_worker(service.tokenize, body.prompt, "prompt")
         prompts = [service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens) for prompt in prompts]
-        streams = await service.submit(body, self._id, prompts, params)
-        if body.stream:
-            return stream_events(service, streams, self._events(streams, prompts))
-        return await answer(service, request, streams, self._whole(streams, prompts))
+        streams = await service.submit(body, ticket.id, prompts, params, ticket=ticket)
+        return await self._answer(request, streams, {})
+
+    async def again(self, request: Request, entry: Entry, have: dict[int, Position]) -> Response:
+        """Answers once more; what the client has of a stream is left out."""
+        return await self._answer(request, await self._service.attach(entry, self._body), have)
+
+    async def _answer(self, request: Request, streams: Sequence[Stream], have: dict[int, Position]) -> Response:
+        if self._body.stream:
+            return stream_events(self._service, streams, self._events(streams, have))
+        return await answer(self._service, request, streams, self._whole(streams))
 
     def _params(self) -> SamplingParams:
         body = self._body
@@ -68,22 +79,20 @@ class Completions:
 
     # ------------------------------------------------------------------------------------------------- answers
 
-    async def _whole(self, streams: Sequence[Stream], prompts: Sequence[TokenizedPrompt]) -> dict[str, Any]:
+    async def _whole(self, streams: Sequence[Stream]) -> dict[str, Any]:
         usage = Usage()
         choices: list[dict[str, Any]] = []
-        for prompt, output in zip(prompts, await final_outputs(streams), strict=True):
+        for output in await final_outputs(streams):
             usage.add_prompt(output)
             for completion in output.outputs:
                 if not self._scores_only:
                     usage.completion += len(completion.token_ids)
-                choices.append(self._choice(len(choices), prompt, output, completion))
+                choices.append(self._choice(len(choices), output, completion))
         return {**self._head(), "choices": choices, "usage": usage.as_dict()}
 
-    def _choice(
-        self, index: int, prompt: TokenizedPrompt, output: RequestOutput, completion: CompletionOutput
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
         body = self._body
-        echoed = self._echo(prompt) if body.echo else ""
+        echoed = self._echo(output) if body.echo else ""
         logprobs = None
         if body.logprobs is not None:
             at: list[tuple[int, LogprobsAt | None]] = []
@@ -107,8 +116,9 @@ class Completions:
             choice |= {"prompt_token_ids": output.prompt_token_ids, "token_ids": completion.token_ids}
         return choice
 
-    async def _events(self, streams: Sequence[Stream], prompts: Sequence[TokenizedPrompt]) -> AsyncIterator[bytes]:
+    async def _events(self, streams: Sequence[Stream], have: dict[int, Position]) -> AsyncIterator[bytes]:
         body, head, usage = self._body, self._head(), Usage()
+        positions = self._service.positions(have)
         options = body.stream_options
         n, begun = body.n or 1, set()
         async for i, output in merged(streams):
@@ -117,14 +127,16 @@ class Completions:
             if first:
                 usage.add_prompt(output)
             for completion in output.outputs:
+                usage.completion += len(completion.token_ids)
+                index = i * n + completion.index
+                completion = positions.new(index, completion, completion.text)
                 text, finished = completion.text, completion.finished() and output.finished
-                if first and body.echo:
-                    text = self._echo(prompts[i]) + text
+                if first and body.echo and index not in have:
+                    text = self._echo(output) + text
                 if not (text or completion.token_ids or finished):
                     continue
-                usage.completion += len(completion.token_ids)
                 chunk: dict[str, Any] = {
-                    "index": i * n + completion.index,
+                    "index": index,
                     "text": text,
                     "logprobs": None,
                     "finish_reason": completion.finish_reason,
@@ -136,17 +148,18 @@ class Completions:
                 if body.return_token_ids:
                     chunk["token_ids"] = completion.token_ids
                 extra = {"usage": usage.as_dict()} if options and options.continuous_usage_stats else {}
-                yield event({**head, "choices": [chunk], **extra})
+                yield event({**head, "choices": [chunk], **extra}, positions.event_id)
         if options and options.include_usage:
             yield event({**head, "choices": [], "usage": usage.as_dict()})
 
     def _head(self) -> dict[str, Any]:
-        return {"id": self._id, "object": "text_completion", "created": self._created, "model": self._model}
+        ticket = self._ticket
+        return {"id": ticket.id, "object": "text_completion", "created": ticket.created, "model": ticket.model}
 
-    def _echo(self, prompt: TokenizedPrompt) -> str:
-        return (
-            prompt.text if prompt.text is not None else self._service.tokenizer.backend_tokenizer.decode(prompt.tokens)
-        )
+    def _echo(self, output: RequestOutput) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return self._service.tokenizer.backend_tokenizer.decode(output.prompt_token_ids)
 
 
 def prompt_logprobs(output: RequestOutput) -> list[dict[str, Any] | None] | None:

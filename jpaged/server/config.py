@@ -58,6 +58,16 @@ class ServerConfig:
     """Seconds that requests in flight get to finish after SIGTERM."""
     step_timeout: float = 60.0
     """Seconds after which a step counts as stuck: requests fail, /health turns 503, the process ends."""
+    snapshot_dir: str | None = None
+    """Folder from which a server goes on where the one before it ended, or was killed: unfinished requests are
+    resumed, and their clients come back by GET /v1/requests/ID. Each request is written there before it is answered."""
+    snapshot_interval: float = 60.0
+    """Seconds between two snapshots of what has been generated; after a crash, what came later is computed again. 0:
+    only when the server stops."""
+    result_ttl: float = 3600.0
+    """With a snapshot_dir: seconds that the result of a request that its client has named is kept."""
+    max_kept_results: int = 1024
+    """Most finished requests that are kept; the oldest go first."""
     max_num_queued_reqs: int = 1024
     """Most requests that wait for a place in the batch; more are answered 503 with Retry-After."""
     max_num_queued_tokens: int = 1 << 22
@@ -77,6 +87,9 @@ class ServerConfig:
             ("shutdown_timeout", 0, 86400),
             ("step_timeout", 0.1, 86400),
             ("slow_step", 0.001, 86400),
+            ("snapshot_interval", 0, 86400),
+            ("result_ttl", 0, 86400 * 365),
+            ("max_kept_results", 0, 1 << 20),
             ("max_num_queued_reqs", 1, 1 << 20),
             ("max_num_queued_tokens", 1, 1 << 40),
             ("max_body_bytes", 1024, 1 << 30),

@@ -1,6 +1,6 @@
 """A server's life: bind, serve, drain, end; and what its exit status says.
 
-0: a signal came and all was drained. 1: the engine died. A second signal stops at once.
+0: a signal came and all was drained, or is in a snapshot. 1: the engine died. A second signal stops at once.
 """
 
 import asyncio
@@ -19,8 +19,9 @@ from fastapi import FastAPI
 
 from jpaged import logs
 from jpaged.async_engine import AsyncLLM
-from jpaged.errors import EngineDeadError, InvalidConfigError
+from jpaged.errors import EngineDeadError, InvalidConfigError, SnapshotError
 from jpaged.server.config import ServerConfig
+from jpaged.server.durable import Durable
 from jpaged.server.metrics import Metrics
 
 log = logging.getLogger("jpaged.server")
@@ -87,6 +88,7 @@ class Server(uvicorn.Server):
         )
         self._llm, self._settings = llm, config
         self._metrics: Metrics = app.state.metrics
+        self._durable: Durable | None = app.state.service.durable
         llm.on_death = self._take_death
         self.on_ready: Callable[[], None] = lambda: None
         """Called when connections are taken."""
@@ -107,9 +109,21 @@ class Server(uvicorn.Server):
             if stats is not None:
                 stats.cancel()
             if not self.force_exit:
-                await self._llm.shutdown()
+                await self._end()
+
+    async def _end(self) -> None:
+        try:
+            if self._durable is not None:
+                await self._durable.suspend()
+        except (EngineDeadError, SnapshotError) as error:  # the journal has what is needed
+            log.error("no snapshot: %s", error)
+        await self._llm.shutdown()
+        if self._durable is not None:
+            await self._durable.close()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._durable is not None:
+            await self._durable.start()
         await super().startup(sockets)
         self.on_ready()
 
@@ -125,10 +139,14 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._loop.call_later, self._settings.shutdown_timeout, self._end_drain)
 
     def _end_drain(self) -> None:
-        log.warning("aborting %d requests", self._llm.num_unfinished_requests)
-        self._aborting = self._loop.create_task(self._llm.abort_all())
+        count = self._llm.num_unfinished_requests
+        log.warning("%s %d requests", "aborting" if self._durable is None else "suspending", count)
+        ending = self._llm.abort_all() if self._durable is None else self._durable.suspend()
+        self._ending = self._loop.create_task(ending)
 
     def _take_death(self, _: EngineDeadError) -> None:
+        if self._durable is not None:
+            self._durable.died()
         self.should_exit = True  # requests get their errors meanwhile
 
     async def _log_stats(self) -> None:

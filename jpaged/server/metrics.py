@@ -58,7 +58,7 @@ class Metrics:
         self._last_token: dict[SequenceGroup, float] = {}
         self._groups: dict[str, SequenceGroup] = {}
         llm.engine.on_commit = self._take_step
-        llm.on_outputs = self._take_outputs
+        llm.on_outputs.append(self._take_outputs)
 
     def text(self) -> bytes:
         """What Prometheus reads."""

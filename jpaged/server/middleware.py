@@ -17,6 +17,8 @@ from jpaged.server.errors import ApiError, body_of
 BODY_TIMEOUT = 60.0
 """Seconds in which a request's body must have arrived."""
 MAX_HEADER_BYTES = 64 << 10
+OWNER = "jpaged.owner"
+"""Where a request's scope has the digest of its API key, if there are keys."""
 _OPEN_PATHS = ("/health",)
 _BROWSER_PATHS = ("/ui", "/ui/state")
 """What people open in a browser, which sends no bearer token but asks for a password: there, a key may be that.
@@ -32,12 +34,12 @@ class Guard:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key.encode()) for key in keys]
+        self._digests = [digest_of(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._digests and scope["path"] not in _OPEN_PATHS:
             browser = scope["path"] in _BROWSER_PATHS
-            given = _digest(_key_in(Headers(scope=scope).get("authorization", ""), password=browser))
+            given = digest_of(_key_in(Headers(scope=scope).get("authorization", ""), password=browser))
             matches = [hmac.compare_digest(given, digest) for digest in self._digests]
             if not any(matches):
                 error = ApiError(401, "an API key is missing or wrong: send 'Authorization: Bearer KEY'.")
@@ -45,6 +47,7 @@ class Guard:
                 if browser:
                     error.headers = {"WWW-Authenticate": 'Basic realm="jpaged (the password is an API key)"'}
                 return await _answer(error, scope, receive, send)
+            scope[OWNER] = given.hex()
         await self._app(scope, receive, send)
 
 
@@ -94,9 +97,7 @@ class RequestIds:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        given = Headers(scope=scope).get("x-request-id", "")
-        decent = 0 < len(given) <= 128 and given.isascii() and given.isprintable()
-        request_id = given if decent else uuid.uuid4().hex
+        request_id = given_id(Headers(scope=scope)) or uuid.uuid4().hex
 
         async def with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -104,6 +105,12 @@ class RequestIds:
             await send(message)
 
         await self._app(scope, receive, with_id)
+
+
+def given_id(headers: Headers) -> str | None:
+    """The X-Request-Id that a request came with, if it is a decent one."""
+    given = headers.get("x-request-id", "")
+    return given if 0 < len(given) <= 128 and given.isascii() and given.isprintable() else None
 
 
 def _key_in(header: str, password: bool) -> bytes:
@@ -117,7 +124,7 @@ def _key_in(header: str, password: bool) -> bytes:
     return b""
 
 
-def _digest(key: bytes) -> bytes:
+def digest_of(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 

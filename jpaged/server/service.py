@@ -9,14 +9,21 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastapi import Request
+
 from jpaged.async_engine import AsyncLLM
 from jpaged.errors import InvalidConfigError, InvalidRequestError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.sequence import Pooling
 from jpaged.server.config import ServerConfig
+from jpaged.server.durable import Durable
 from jpaged.server.errors import ApiError
+from jpaged.server.ledger import Entry
+from jpaged.server.middleware import OWNER, given_id
+from jpaged.server.positions import Position, Positions
 from jpaged.server.protocol import Generation, ToTheModel
+from jpaged.server.tickets import Kind, Ticket
 from jpaged.streams import Stream
 from jpaged.structured.params import StructuredOutputsParams
 from jpaged.tokenization import Prompt, encode_prompt
@@ -60,6 +67,7 @@ class Service:
 
     def __init__(self, llm: AsyncLLM, config: ServerConfig) -> None:
         self.llm, self.config = llm, config
+        self.durable = None if config.snapshot_dir is None else Durable(llm, config)
         self.names = config.served_model_name or (llm.engine.config.model,)
         self.created = int(time.time())
         self.in_flight = 0
@@ -158,9 +166,8 @@ class Service:
                 raise ApiError(400, message, param=name)
         if request.stream and (given.get("best_of") or 1) > (given.get("n") or 1) and not request.use_beam_search:
             raise ApiError(400, "best_of above n can't be streamed: the best are known at the end.", param="best_of")
-        kind = RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
         given["structured_outputs"] = structure or structure_of(request)
-        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, output_kind=kind)
+        return SamplingParams(**given, max_tokens=max_tokens, logprobs=logprobs, output_kind=_kind_of(request))
 
     def check_length(
         self, prompt: TokenizedPrompt, max_tokens: int | None = None, truncate_to: int | None = None
@@ -184,6 +191,22 @@ class Service:
 
     # -------------------------------------------------------------------------------------------------- running
 
+    def ticket(self, kind: Kind, body: ToTheModel, request: Request) -> Ticket:
+        """The name under which a request runs. With a snapshot_dir its X-Request-Id counts, too."""
+        name = body.request_id or (None if self.durable is None else given_id(request.headers))
+        return Ticket(
+            id=new_id(kind, name),
+            kind=kind,
+            model=self.check_model(body.model),
+            created=int(time.time()),
+            owner=owner_of(request),
+            named=name is not None,
+        )
+
+    def known(self, ticket: Ticket, body: ToTheModel) -> Entry | None:
+        """See `Durable.known`."""
+        return None if self.durable is None else self.durable.known(ticket, plain(body))
+
     async def submit(
         self,
         request: ToTheModel,
@@ -191,15 +214,23 @@ class Service:
         prompts: Sequence[TokenizedPrompt],
         params: SamplingParams,
         pooling: Pooling | None = None,
+        ticket: Ticket | None = None,
     ) -> list[Stream]:
-        """Queues a request's prompts; all or none of them."""
+        """Queues a request's prompts; all or none of them.
+
+        Args:
+          ticket: of a request that outlives the server, if there is a snapshot_dir.
+        """
+        names = [request_id] if len(prompts) == 1 else [f"{request_id}-{i}" for i in range(len(prompts))]
+        entry = None
+        if self.durable is not None and ticket is not None:
+            entry = self.durable.open(ticket, plain(request), names)
         streams: list[Stream] = []
         try:
-            for i, prompt in enumerate(prompts):
+            for name, prompt in zip(names, prompts, strict=True):
                 tokens: TokensPrompt = {"prompt_token_ids": prompt.tokens, "cache_salt": request.cache_salt or ""}
                 if prompt.text is not None:
                     tokens["prompt"] = prompt.text
-                name = request_id if len(prompts) == 1 else f"{request_id}-{i}"
                 stream = await self.llm.submit(
                     tokens,
                     params,
@@ -207,10 +238,16 @@ class Service:
                     priority=request.priority,
                     scored_from=prompt.scored_from,
                     pooling=pooling,
+                    keep=entry is not None,
                 )
                 streams.append(stream)
+            if self.durable is not None and entry is not None:
+                await self.durable.accepted(entry, streams)
         except BaseException:
-            close(streams)
+            for stream in streams:
+                stream.close()
+            if self.durable is not None and entry is not None:
+                self.durable.forget(entry)
             raise
         if self.config.enable_log_requests:
             lengths = [len(prompt.tokens) for prompt in prompts]
@@ -218,6 +255,36 @@ class Service:
                 "request %s: %s prompt tokens, n=%d, max_tokens=%s", request_id, lengths, params.n, params.max_tokens
             )
         return streams
+
+    async def attach(self, entry: Entry, body: Generation) -> list[Stream]:
+        """Readers of a request that was accepted before, from its beginning."""
+        durable: Durable = self.durable  # type: ignore[assignment]  # it knows the entry
+        return await durable.attach(entry, _kind_of(body))
+
+    def positions(self, have: dict[int, Position]) -> Positions:
+        """For a stream to a client that has so much of it."""
+        return Positions(have, named=self.durable is not None)
+
+    def end(self, streams: Sequence[Stream]) -> None:
+        """The client has its answer, or has gone: its requests end, unless they are kept for it."""
+        for stream in streams:
+            stream.close()
+        if self.durable is not None:
+            self.durable.left([stream.request_id for stream in streams])
+
+
+def _kind_of(request: Generation) -> RequestOutputKind:
+    return RequestOutputKind.DELTA if request.stream else RequestOutputKind.FINAL_ONLY
+
+
+def owner_of(request: Request) -> str:
+    """Whose request it is."""
+    return str(request.scope.get(OWNER, ""))
+
+
+def plain(body: ToTheModel) -> dict[str, Any]:
+    """What the client has sent."""
+    return body.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
 
 def structure_of(request: Generation) -> StructuredOutputsParams | None:
@@ -247,11 +314,6 @@ def several(prompts: Any) -> list[Any]:
 
 def new_id(prefix: str, given: str | None) -> str:
     return f"{prefix}-{given or uuid.uuid4().hex}"
-
-
-def close(streams: Sequence[Stream]) -> None:
-    for stream in streams:
-        stream.close()
 
 
 async def final_outputs(streams: Sequence[Stream]) -> list[RequestOutput]:

@@ -13,7 +13,7 @@ from pydantic_core import from_json
 from starlette.types import Receive, Scope, Send
 
 from jpaged.server.errors import ApiError, as_api_error, body_of
-from jpaged.server.service import Service, close
+from jpaged.server.service import Service
 from jpaged.streams import Stream
 
 WRITE_TIMEOUT = 300.0
@@ -63,12 +63,13 @@ class EventStream(StreamingResponse):
             await super().__call__(scope, receive, patient_send)
 
 
-def event(data: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+def event(data: dict[str, Any], event_id: str | None = None) -> bytes:
+    name = b"" if event_id is None else b"id: " + event_id.encode() + b"\n"
+    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def stream_events(service: Service, streams: Sequence[Stream], events: AsyncIterator[bytes]) -> Response:
-    """An answer that is streamed; however it ends, the requests of the streams end with it."""
+    """An answer that is streamed; however it ends, see `Service.end`."""
 
     async def guarded() -> AsyncIterator[bytes]:
         service.in_flight += 1
@@ -80,7 +81,7 @@ def stream_events(service: Service, streams: Sequence[Stream], events: AsyncIter
             yield event(body_of(as_api_error(error)))
         finally:
             service.in_flight -= 1
-            close(streams)
+            service.end(streams)
         yield b"data: [DONE]\n\n"
 
     return EventStream(guarded())
@@ -89,7 +90,7 @@ def stream_events(service: Service, streams: Sequence[Stream], events: AsyncIter
 async def answer(
     service: Service, request: Request, streams: Sequence[Stream], work: Awaitable[dict[str, Any]]
 ) -> Response:
-    """An answer in one piece; if the client goes away before, the requests are aborted."""
+    """An answer in one piece; if the client goes away before, see `Service.end`."""
     service.in_flight += 1
     working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_client_leaves(request))
     try:
@@ -97,7 +98,7 @@ async def answer(
         return JSONResponse(working.result()) if working.done() else Response(status_code=CLIENT_GONE)
     finally:
         service.in_flight -= 1
-        close(streams)
+        service.end(streams)
         for task in (working, leaving):
             task.cancel()
         await asyncio.gather(working, leaving, return_exceptions=True)

@@ -7,6 +7,23 @@ store.py         a folder of snapshots (Orbax) and of the journals that go on fr
 """
 
 from jpaged.snapshots.fingerprint import fingerprint
-from jpaged.snapshots.records import RequestRecord, SequenceRecord, Snapshot, record_of
+from jpaged.snapshots.records import (
+    RequestRecord,
+    ResultRecord,
+    SequenceRecord,
+    Snapshot,
+    record_of,
+    record_of_result,
+    result_of,
+)
 
-__all__ = ["RequestRecord", "SequenceRecord", "Snapshot", "fingerprint", "record_of"]
+__all__ = [
+    "RequestRecord",
+    "ResultRecord",
+    "SequenceRecord",
+    "Snapshot",
+    "fingerprint",
+    "record_of",
+    "record_of_result",
+    "result_of",
+]

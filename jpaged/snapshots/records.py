@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jpaged.outputs import LogprobsAt, RequestMetrics
+from jpaged.outputs import CompletionOutput, LogprobsAt, RequestMetrics, RequestOutput
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling.beam_search import BeamSearch, Hypothesis, Node, path
 from jpaged.scheduling.beams import ChosenLogprob, write_back
@@ -114,6 +114,20 @@ class Snapshot:
     format: int = FORMAT
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResultRecord:
+    """A finished request; fields as in `RequestOutput`."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[LogprobsAt | None] | None
+    outputs: list[CompletionOutput]
+    metrics: RequestMetrics
+    """In seconds since the epoch."""
+    num_cached_tokens: int
+
+
 # ------------------------------------------------------------------------------------------------------- to records
 
 
@@ -143,6 +157,18 @@ def record_of(group: SequenceGroup, stopped_text: Callable[[Sequence], str | Non
         ],
         beams=None if group.beams is None else _beams_record(group.beams),
     )
+
+
+def record_of_result(output: RequestOutput) -> ResultRecord:
+    """Embeddings are not kept."""
+    fields = {field.name: getattr(output, field.name) for field in dataclasses.fields(ResultRecord)}
+    return ResultRecord(**{**fields, "metrics": _on_clock(output.metrics, time.time() - time.monotonic())})
+
+
+def result_of(record: ResultRecord) -> RequestOutput:
+    fields = {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    metrics = _on_clock(record.metrics, time.monotonic() - time.time())
+    return RequestOutput(**{**fields, "metrics": metrics}, finished=True)
 
 
 def _on_clock(metrics: RequestMetrics, offset: float) -> RequestMetrics:

@@ -50,8 +50,12 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(engine, key: str | None = None, **settings) -> Iterator[Live]:
-    """Serves an engine until the block ends; then it holds no block."""
+def serving(engine, key: str | None = None, *, drains: bool = True, **settings) -> Iterator[Live]:
+    """Serves an engine until the block ends; then it holds no block.
+
+    Args:
+      drains: the block's end waits until all requests have finished.
+    """
     config = ServerConfig(port=0, served_model_name=("tiny", "another"), disable_log_stats=True, **settings)
     llm = AsyncLLM(
         engine=engine,
@@ -60,15 +64,18 @@ def serving(engine, key: str | None = None, **settings) -> Iterator[Live]:
         step_timeout=config.step_timeout,
     )
     sock = bind(config)
-    server = Server(make_app(llm, config), llm, config)
+    app = make_app(llm, config)
+    server = Server(app, llm, config)
     live = Live(llm, address_of(sock, config), key)
+    live.durable = app.state.service.durable
     thread = threading.Thread(target=server.run_until_end, args=(sock,))
     thread.start()
     while not server.started:
+        assert thread.is_alive(), "the server did not start"
         time.sleep(0.01)
     try:
         yield live
-        if llm.failure is None:
+        if drains and llm.failure is None:
             live.idle()
     finally:
         live.http.close()
