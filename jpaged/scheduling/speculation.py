@@ -15,6 +15,10 @@ from typing import NamedTuple
 from jpaged.sequence import Sequence
 
 
+MOST_SKIPPED = 32
+"""Tokens that a sequence whose guesses were all wrong is left alone for, at most."""
+
+
 class Guesses(NamedTuple):
     """What one row is computed on besides its last token."""
 
@@ -27,12 +31,19 @@ class Guesses(NamedTuple):
 class Ngrams:
     """Where each run of some tokens was last seen in one sequence, and how well it has foretold the next ones."""
 
-    __slots__ = ("_indexed", "_last", "misses", "skip")
+    __slots__ = ("_indexed", "_last", "misses", "skip", "trust")
 
     def __init__(self) -> None:
         self._last: dict[tuple[int, ...], int] = {}
         self._indexed = 0
+        self.trust = 2
+        """Guesses that are worth a lane: twice as many as were right the last time, if all were."""
         self.misses = self.skip = 0
+
+    def learn(self, guessed: int, accepted: int) -> None:
+        self.trust = 2 * accepted if accepted == guessed else max(accepted, 1)
+        self.misses = 0 if accepted else self.misses + 1
+        self.skip = min(2**self.misses - 2, MOST_SKIPPED) if self.misses else 0
 
     def continuation(self, tokens: list[int], sizes: range, count: int) -> list[int]:
         """The `count` tokens that followed where the longest run of last tokens stood before; [] if none did."""
@@ -54,7 +65,8 @@ class Ngrams:
 class NgramSpeculator:
     """Guesses that a sequence goes on as it did where its last tokens stood before.
 
-    A sequence whose guesses were all wrong is left alone for a while, twice as long each time.
+    As lanes cost time, a sequence gets as many as its last guesses were worth; one whose guesses were all wrong is left
+    alone for a while, twice as long each time.
 
     Args:
       num_tokens: guesses at a time, at most.
@@ -63,8 +75,6 @@ class NgramSpeculator:
     Attributes:
       num_guessed, num_accepted: tokens, ever.
     """
-
-    MOST_SKIPPED = 32
 
     def __init__(self, num_tokens: int, longest: int, shortest: int) -> None:
         self.num_tokens = num_tokens
@@ -87,15 +97,14 @@ class NgramSpeculator:
         if ngrams.skip:
             ngrams.skip -= 1
             return []
-        return ngrams.continuation(sequence.tokens, self._sizes, min(most, self.num_tokens))
+        return ngrams.continuation(sequence.tokens, self._sizes, min(most, self.num_tokens, ngrams.trust))
 
     def learn(self, sequence: Sequence, guessed: int, accepted: int) -> None:
         """Counts a step's guesses at a sequence's tokens."""
         self.num_guessed += guessed
         self.num_accepted += accepted
         if sequence.ngrams is not None:
-            sequence.ngrams.misses = misses = 0 if accepted else sequence.ngrams.misses + 1
-            sequence.ngrams.skip = min(2**misses - 2, self.MOST_SKIPPED) if misses else 0
+            sequence.ngrams.learn(guessed, accepted)
 
 
 def lanes(guesses: list[Guesses]) -> Iterator[tuple[int, int, int]]:
