@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from jpaged.sequence import Sequence
 
-
 MOST_SKIPPED = 32
 """Tokens that a sequence whose guesses were all wrong is left alone for, at most."""
 
