@@ -1,6 +1,6 @@
 """How far rollouts are from training: max |log p(training forward) - log p(paged decode)| over sampled tokens.
 
-python -m benchmarks.train_serve_gap --model smollm2-135m --tokens 10000
+python -m benchmarks.train_serve_gap --model smollm2-135m --tokens 10000   # and --batch-invariant, where it is 0
 """
 
 import argparse
@@ -25,9 +25,7 @@ def gaps(llm: LLM, tokens: int) -> np.ndarray:
 
     @jax.jit
     def forward(params, tokens):
-        logits = engine.runner.model.apply({"params": params}, tokens, method="forward_logits")
-        scores = jax.nn.log_softmax(logits[:, :-1])
-        return jnp.take_along_axis(scores, tokens[:, 1:, None], axis=-1)[0, :, 0]
+        return engine.runner.model.apply({"params": params}, tokens, method="token_logprobs")[0]
 
     found = []
     for output in llm.generate(prompts, sampling):
@@ -42,10 +40,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=10_000)
+    parser.add_argument("--batch-invariant", action="store_true")
     arguments = parser.parse_args()
-    found = gaps(LLM(model=arguments.model, dtype="float32", max_model_len=256, warmup=False), arguments.tokens)
-    worst, mean = float(found.max()), float(found.mean())
-    print(json.dumps({"model": arguments.model, "tokens": len(found), "max": worst, "mean": mean}))
+    invariant = arguments.batch_invariant
+    llm = LLM(model=arguments.model, dtype="float32", max_model_len=256, warmup=False, batch_invariant=invariant)
+    found = gaps(llm, arguments.tokens)
+    found_in = {"model": arguments.model, "batch_invariant": invariant, "tokens": len(found)}
+    print(json.dumps(found_in | {"max": float(found.max()), "mean": float(found.mean())}))
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ class EngineConfig:
     """Branch, tag or commit of a hub id."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and computation. auto: float32 on CPU, bfloat16 on GPU; live parameters are served as they are."""
+    batch_invariant: bool = False
+    """Each token's logits are the same bits in any batch, and those of the training forward pass; it costs speed."""
     tensor_parallel_size: int = 1
     """Devices that share each layer's weights and KV heads; it divides the model's attention heads."""
     seed: int = 0

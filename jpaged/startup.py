@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -18,6 +19,7 @@ import checkpoints
 from jpaged.config import SMALLEST_TILE, EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
+from jpaged.models.batch_invariant import SPAN
 from jpaged.models.config import ModelConfig
 from jpaged.models.rope import max_trained_length
 from jpaged.models.sharding import param_shardings, shard_params, tensor_mesh
@@ -141,6 +143,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
 
 def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.Checkpoint, limits: Limits) -> Runner:
     """The device side, parameters in their places; its pool is still to be allocated."""
+    module = _module(config, source, checkpoint.config, limits.dtype)
     mesh = tensor_mesh(config.tensor_parallel_size, checkpoint.config)
     if mesh is None:
         params = jax.device_put(checkpoint.params)
@@ -148,7 +151,7 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
         params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
     kept_as = pool_dtype(config.kv_cache_dtype, checkpoint.config, limits.dtype)
     return Runner(
-        source.module(checkpoint.config, limits.dtype),
+        module,
         params,
         checkpoint.config,
         KVPoolSpec.of(checkpoint.config, kept_as, 2, config.block_size, mesh),
@@ -156,6 +159,19 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
         max_model_len=limits.max_model_len,
         tile_size=limits.tile_size,
     )
+
+
+def _module(config: EngineConfig, source: Source, model: ModelConfig, dtype: jnp.dtype) -> nn.Module:
+    module = source.module(model, dtype)
+    if not (config.batch_invariant or module.batch_invariant):
+        return module
+    if config.tensor_parallel_size > 1:
+        raise InvalidConfigError("batch_invariant needs tensor_parallel_size=1: devices add in an order of their own.")
+    if config.kv_cache_dtype != "auto":
+        raise InvalidConfigError('batch_invariant needs kv_cache_dtype="auto": training has no rounded keys.')
+    if SPAN % config.block_size:
+        raise InvalidConfigError(f"batch_invariant needs a block_size that divides {SPAN}, not {config.block_size}.")
+    return module.clone(batch_invariant=True)
 
 
 def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> Limits:

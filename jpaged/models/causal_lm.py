@@ -15,8 +15,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jpaged.models.config import ModelConfig
-from jpaged.models.layers import DecoderLayer
+from jpaged.models import batch_invariant
+from jpaged.models.batch_invariant import in_tiles
+from jpaged.models.config import ModelConfig, RopeConfig
+from jpaged.models.layers import Angles, DecoderLayer
 from jpaged.models.layout import PagedLayout
 from jpaged.models.rope import cos_sin
 from pallas_kernels.paged_attention import KV
@@ -69,10 +71,13 @@ class CausalLM(nn.Module):
     Attributes:
       config: sizes and constants.
       dtype: of activations and of K and V; sums and logits are float32.
+      batch_invariant: whether a token's hidden state and logits are the same bits in any batch, cut and block size, in
+        training and in serving; see `jpaged.models.batch_invariant`. Gradients are the ordinary ones.
     """
 
     config: ModelConfig
     dtype: jnp.dtype = jnp.dtype("float32")
+    batch_invariant: bool = False
 
     layer_class: ClassVar[type[DecoderLayer]]
 
@@ -95,9 +100,37 @@ class CausalLM(nn.Module):
         """The norm after the last layer, if there is one."""
         return nn.RMSNorm(self.config.norm_eps, self.dtype)
 
+    # What follows works token by token; families override it. `_by_token` calls it, batch-invariant or not.
+
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         """What the first layer sees: int32 [...], int32 [...] -> [..., E]."""
         return self.embed_tokens(tokens)
+
+    def angles(self, positions: jax.Array, rope: RopeConfig) -> Angles:
+        return cos_sin(rope, self.config.rotary_head_dim, positions)
+
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What follows the last layer: [..., E] -> [..., E]."""
+        return x if self.norm is None else self.norm(x)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """float32 logits [..., V] of hidden states [..., E]."""
+        if self.config.tie_word_embeddings:
+            embedding = self.embed_tokens.embedding.astype(self.dtype)
+            return _float32_result(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+        return self.lm_head(hidden)
+
+    def _by_token(self, lead: int, method: str, *rows: jax.Array, **static):
+        """method(*rows, **static), for arrays whose first `lead` axes count tokens."""
+        if not self.batch_invariant or self.is_initializing():
+            return getattr(self, method)(*rows, **static)
+        alone = self.clone(name=None, parent=None, batch_invariant=False)
+        params = {name: leaves for name, leaves in self.variables["params"].items() if not name.startswith("layers_")}
+
+        def apply(params, *rows):
+            return alone.apply({"params": params}, *rows, **static, method=method)
+
+        return in_tiles(apply, lead, params, *rows)
 
     def __call__(
         self,
@@ -118,15 +151,15 @@ class CausalLM(nn.Module):
         """
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[-1]), tokens.shape)
-        x = self.embed(tokens, positions)
+        by_token = functools.partial(self._by_token, tokens.ndim)
+        x = by_token("embed", tokens, positions)
         ropes = {layer.layer.rope for layer in self.layers}
-        angles = {rope: rope and cos_sin(rope, self.config.rotary_head_dim, positions) for rope in ropes}
+        angles = {rope: rope and by_token("angles", positions, rope=rope) for rope in ropes}
         pools: list[KV | None] = []
         for i, layer in enumerate(self.layers):
             x, kv = self._run(layer, x, angles[layer.layer.rope], None if pool is None else pool[i], layout)
             pools.append(kv)
-        x = x if self.norm is None else self.norm(x)
-        return x, None if pool is None else tuple(kv for kv in pools if kv is not None)
+        return by_token("finish", x), None if pool is None else tuple(kv for kv in pools if kv is not None)
 
     def _run(self, layer: DecoderLayer, *arguments):
         if self.is_initializing():
@@ -134,6 +167,8 @@ class CausalLM(nn.Module):
         # As a jitted function of its parameters, one layer is traced for all: 30 of them take seconds otherwise.
         alone = layer.clone(name=None, parent=None)
         if not self.is_mutable_collection("intermediates"):
+            if self.batch_invariant:
+                return batch_invariant.apply_layer(alone, layer.variables, *arguments)
             return _apply_layer(alone, layer.variables, *arguments)
         output, seen = _watch_layer(alone, layer.variables, *arguments)
         for site, activations in seen.items():
@@ -142,14 +177,17 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""
-        if self.config.tie_word_embeddings:
-            embedding = self.embed_tokens.embedding.astype(self.dtype)
-            return _float32_result(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
-        return self.lm_head(hidden)
+        return self._by_token(hidden.ndim - 1, "head", hidden)
 
     def forward_logits(self, tokens: jax.Array) -> jax.Array:
         """The training forward pass: int32 [B, T] -> float32 logits [B, T, V]. Also what `init` is called with."""
         return self.logits(self(tokens)[0])
+
+    def token_logprobs(self, tokens: jax.Array) -> jax.Array:
+        """log p(token | those before it) of int32 tokens [B, T], from the second on: float32 [B, T - 1]."""
+        logits = self.logits(self(tokens)[0][:, :-1])
+        high, rest = batch_invariant.log_normaliser(logits)
+        return (jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1) - high - rest)[..., 0]
 
 
 def _float32_result(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:

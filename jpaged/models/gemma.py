@@ -90,8 +90,8 @@ class Gemma2ForCausalLM(CausalLM):
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         return super().embed(tokens, positions) * jnp.asarray(self.config.hidden_size**0.5, self.dtype)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        logits, cap = super().logits(hidden), self.config.final_logit_softcapping
+    def head(self, hidden: jax.Array) -> jax.Array:
+        logits, cap = super().head(hidden), self.config.final_logit_softcapping
         return logits if cap is None else jnp.tanh(logits / cap) * cap
 
 

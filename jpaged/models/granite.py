@@ -36,5 +36,5 @@ class GraniteForCausalLM(CausalLM):
     def embed(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
         return super().embed(tokens, positions) * self.config.embedding_multiplier
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return super().logits(hidden) / self.config.logits_scaling
+    def head(self, hidden: jax.Array) -> jax.Array:
+        return super().head(hidden) / self.config.logits_scaling

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jpaged.models.config import LayerConfig, ModelConfig
-from jpaged.models.layout import PagedLayout
+from jpaged.models.layout import PagedLayout, Tap
 from jpaged.models.rope import rotate
 from jpaged.models.sharding import HEADS, POOL, TENSOR, split
 from pallas_kernels.paged_attention import KV, paged_decode_attention, paged_prefill_attention, pool_values, write_kv
@@ -153,7 +153,7 @@ def attend(
     k: jax.Array,
     v: jax.Array,
     kv: KV | None,
-    layout: PagedLayout | None,
+    layout: PagedLayout | Tap | None,
     *,
     scale: float,
     sliding_window: int | None = None,
@@ -173,6 +173,8 @@ def attend(
     Returns: (like q, of v's width; the pool with k and v written).
     """
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "logit_soft_cap": logit_soft_cap}
+    if isinstance(layout, Tap):
+        return layout.attention(q, k, v, sinks, **options), kv
     if kv is None or layout is None:
         return _dense(q, k, v, sinks=sinks, **options), kv
     repeats = pool_values(kv).shape[2] // k.shape[1]

@@ -76,5 +76,5 @@ class OPTForCausalLM(CausalLM):
         x = self.project_in(x) if self.config.projects_embeddings else x
         return x + self.embed_positions(positions + _FIRST_POSITION)
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return super().logits(self.project_out(hidden) if self.config.projects_embeddings else hidden)
+    def head(self, hidden: jax.Array) -> jax.Array:
+        return super().head(self.project_out(hidden) if self.config.projects_embeddings else hidden)

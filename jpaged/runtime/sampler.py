@@ -12,6 +12,7 @@ Tokens that tie with the threshold are kept.
 import jax
 import jax.numpy as jnp
 
+from jpaged.models.batch_invariant import log_normaliser
 from jpaged.runtime import beam_selection
 from jpaged.runtime.state import FLOATS, INTEGERS, MAX_BAD_WORD_TOKENS, NO_TOKEN, Rules
 from jpaged.scheduling.plan import Variant
@@ -212,13 +213,13 @@ def logprobs(logits: jax.Array, tokens: jax.Array, count: int) -> jax.Array:
     """
     if count < 0:
         return jnp.zeros((logits.shape[0], 0), jnp.int32)
-    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    high, rest = log_normaliser(logits)
     chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)
     rank = 1 + (logits > chosen).sum(-1, keepdims=True, dtype=jnp.int32)
-    columns = [_bits(chosen - total), rank]
+    columns = [_bits(chosen - high - rest), rank]
     if count:
         best, ids = jax.lax.top_k(logits, count)
-        columns += [ids.astype(jnp.int32), _bits(best - total)]
+        columns += [ids.astype(jnp.int32), _bits(best - high - rest)]
     return jnp.concatenate(columns, axis=1)
 
 
