@@ -351,7 +351,7 @@ def test_updated_weights_are_served_from_the_next_step_on(make, tiny, weights):
     [before] = offline(engine, [prompt_of(3, 4, 5)], [SamplingParams(temperature=0, max_tokens=200, ignore_eos=True)])
     llm, asked = make(tiny(enable_prefix_caching=False)), threading.Event()
     # The fifth token waits for the update to be asked for, and the engine with it.
-    llm.on_outputs = lambda outputs: any(len(o.outputs[0].token_ids) == 5 for o in outputs) and asked.wait(60)
+    llm.on_outputs.append(lambda outputs: any(len(o.outputs[0].token_ids) == 5 for o in outputs) and asked.wait(60))
 
     async def main():
         stream = await llm.submit(prompt_of(3, 4, 5), LONG)
