@@ -22,7 +22,7 @@ from jpaged.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from jpaged.scheduling.beam_search import BeamSearch
-    from jpaged.scheduling.speculation import Ngrams
+    from jpaged.scheduling.ngrams import Ngrams
     from jpaged.structured import Matcher
 
 NO_ROW = -1

@@ -37,8 +37,8 @@ from jpaged.runtime.kv_pool import (
 )
 from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
+from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.scheduling.plan import make_buckets
-from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.source import Source, ToLinen, on_disk
 
 if TYPE_CHECKING:

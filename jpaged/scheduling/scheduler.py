@@ -28,11 +28,12 @@ from jpaged.scheduling import beams
 from jpaged.scheduling.admission import Admission
 from jpaged.scheduling.batch import Batch
 from jpaged.scheduling.draft import Draft
+from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.scheduling.plan import Bucket, Edits, StepPlan, Tile
 from jpaged.scheduling.preemption import Preemption, PreemptionMode
 from jpaged.scheduling.roster import Roster
 from jpaged.scheduling.sharing import SharingFinder
-from jpaged.scheduling.speculation import Guesses, NgramSpeculator, lanes
+from jpaged.scheduling.speculation import Speculation
 from jpaged.sequence import NO_ROW, FinishReason, Sequence, SequenceGroup
 
 
@@ -78,7 +79,8 @@ class Scheduler:
         self._edits = Edits()  # decided by the last commit
         self.sharing = SharingFinder(blocks)
         self.speculator = speculator
-        self._max_decodes = max(b.decode_rows for b in buckets)
+        most = max(b.decode_rows for b in buckets)
+        self._speculation = None if speculator is None else Speculation(blocks, self.batch, speculator, most)
 
     def make_admission(self) -> Admission:
         """How groups get rows and blocks; for schedulers that reserve them otherwise."""
@@ -225,8 +227,8 @@ class Scheduler:
             self._admit(draft)
         if draft.empty:
             return None
-        if self.speculator is not None:
-            self._speculate(draft, self.speculator)
+        if self._speculation is not None:
+            self._speculation.add(draft, self.max_num_batched_tokens - len(draft.tiles) * self.tile_size)
         draft.shared = self.sharing.find(draft.rows, draft.positions(self.batch))
         return draft.finish(self.batch, self.roster, self.buckets, self.tile_size)
 
@@ -275,31 +277,6 @@ class Scheduler:
             self._schedule_chunks(draft)
             self._admission.decode_at_once(group, draft, self._tiles_left(draft) * self.tile_size)
 
-    def _speculate(self, draft: Draft, speculator: NgramSpeculator) -> None:
-        """Lets rows of the decode lane go several tokens on, as far as lanes and blocks are there to spare."""
-        blocks, rows = self.blocks, draft.rows
-        budget = self.max_num_batched_tokens - len(draft.tiles) * self.tile_size
-        left = min(self._max_decodes - draft.num_drawing, budget) - len(rows)
-        spare = blocks.watermark_blocks + len(rows)
-        for row in rows.tolist():
-            sequence: Sequence = self.batch.by_row[row]  # type: ignore[assignment]  # no row is free
-            if sequence in draft.admitted:
-                continue  # its tokens are uploaded after the step's edits, which the guesses are
-            position = int(self.batch.position[row]) + 1
-            most = min(left, int(self.batch.end[row]) - position)
-            tokens = speculator.guess(sequence, most) if most > 0 else []
-            tokens = tokens[: blocks.grow(row, position + len(tokens) - 1, spare) - position] if tokens else []
-            if tokens:
-                draft.guesses.append(Guesses(row, position, tokens))
-                left -= len(tokens)
-        if draft.guesses:
-            guessed = np.array([[row, position] for row, position, _ in lanes(draft.guesses)], np.int32).T
-            draft.rows = np.concatenate([rows, guessed[0]])
-            # Lanes of one row write the same entry of its table: each must bring what stands there.
-            entries = blocks.tables[draft.rows, draft.positions(self.batch) // blocks.block_size]
-            fresh = np.concatenate([draft.new_blocks, np.zeros_like(guessed[0])])
-            draft.new_blocks = np.where(np.isin(draft.rows, guessed[0]), entries, fresh)
-
     def _tiles_left(self, draft: Draft) -> int:
         """Tiles that the step still has room for."""
         most = (self.max_num_batched_tokens - len(draft.rows)) // self.tile_size
@@ -338,11 +315,8 @@ class Scheduler:
                 self.finish(sequence, FinishReason.LENGTH)
             elif (count - 1) % size == 0 and sequence.row != NO_ROW:
                 self.blocks.seal(sequence.row, known, count - 1)
-        if self.speculator is not None:
-            for row, position, guesses in plan.guesses:
-                sequence = plan.sequences[int(np.flatnonzero(plan.rows == row)[0])]
-                accepted = min(len(sequence.tokens) - position - 1, len(guesses))
-                self.speculator.learn(sequence, len(guesses), accepted)
+        if self._speculation is not None:
+            self._speculation.learn(plan)
         if candidates is not None:
             received += self._commit_beams(plan, results, candidates)
         return received

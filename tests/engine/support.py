@@ -14,8 +14,8 @@ from jpaged.engine import LLMEngine
 from jpaged.llm import LLM
 from jpaged.memory import BlockManager
 from jpaged.scheduling import Scheduler
+from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.scheduling.scheduler import PreemptionMode
-from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.startup import Components, build
 
 GOLDENS = Path(__file__).parent.parent / "goldens"

@@ -7,7 +7,7 @@ import pytest
 from jpaged import LLM, EngineConfig, SamplingParams, StructuredOutputsParams
 from jpaged.config import SpeculativeConfig
 from jpaged.errors import InvalidConfigError
-from jpaged.scheduling.speculation import Ngrams, NgramSpeculator
+from jpaged.scheduling.ngrams import Ngrams, NgramSpeculator
 from tests.engine.support import GOLDENS, run
 
 LOOP = [7, 8, 9, 10, 11] * 5  # whoever goes on like this is guessed right, by a model of random weights hardly ever

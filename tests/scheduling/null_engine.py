@@ -22,10 +22,10 @@ from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Scheduler, StepPlan
 from jpaged.scheduling.beam_search import path
 from jpaged.scheduling.beams import Candidates, new_search
+from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.scheduling.plan import make_buckets, split_packed
 from jpaged.scheduling.scheduler import PreemptionMode
 from jpaged.scheduling.sharing import SharingFinder
-from jpaged.scheduling.speculation import NgramSpeculator
 from jpaged.sequence import FinishReason, Sequence, SequenceGroup, Status
 
 VOCAB = 4
