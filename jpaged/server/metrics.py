@@ -158,6 +158,8 @@ class Metrics:
             ("prefix_cache_queries", self.prompt_tokens if cached else 0),
             ("prefix_cache_hits", self.cached_tokens),
             ("admission_rejections", self._llm.num_rejected),
+            ("spec_decode_num_draft_tokens", scheduler.speculator.num_guessed if scheduler.speculator else 0),
+            ("spec_decode_num_accepted_tokens", scheduler.speculator.num_accepted if scheduler.speculator else 0),
         ):
             yield self._family(CounterMetricFamily, name, value)
         family = CounterMetricFamily(
