@@ -158,8 +158,7 @@ class Metrics:
             ("prefix_cache_queries", self.prompt_tokens if cached else 0),
             ("prefix_cache_hits", self.cached_tokens),
             ("admission_rejections", self._llm.num_rejected),
-            ("spec_decode_num_draft_tokens", scheduler.speculator.num_guessed if scheduler.speculator else 0),
-            ("spec_decode_num_accepted_tokens", scheduler.speculator.num_accepted if scheduler.speculator else 0),
+            *self._speculation(),
         ):
             yield self._family(CounterMetricFamily, name, value)
         family = CounterMetricFamily(
@@ -180,6 +179,16 @@ class Metrics:
             },
         )
         yield info
+
+    def _speculation(self) -> list[tuple[str, int]]:
+        """Guessed tokens, if the engine guesses."""
+        speculator = self._llm.engine.scheduler.speculator
+        if speculator is None:
+            return []
+        return [
+            ("spec_decode_num_draft_tokens", speculator.num_guessed),
+            ("spec_decode_num_accepted_tokens", speculator.num_accepted),
+        ]
 
     def _family(self, kind: Any, name: str, value: float) -> Any:
         family = kind(f"jpaged:{name}", name.replace("_", " "), labels=["model_name"])
