@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jpaged.server.tools import FORMATS, CallParser
-from tests.server.support import serving
 
 HERMES = '<tool_call>\n{"name": "f", "arguments": {"x": "a</b>"}}\n</tool_call>'
 CASES = [
@@ -58,21 +57,7 @@ def test_text_is_not_held_back_without_need():
     assert parser.push("p>") == "<top>"
 
 
-TEMPLATE = """{%- for t in tools or [] %}{{ t.function.name }};{% endfor -%}
-{% for m in messages %}<s>{{ m.role }}:{{ m.content }}
-{%- for c in m.tool_calls or [] %}[{{ c.function.name }} {{ c.function.arguments.city }}]{% endfor %}</s>{% endfor %}"""
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
-
-
-@pytest.fixture
-def with_tools(tiny, tmp_path):
-    engine = tiny()
-    before = engine.tokenizer.chat_template
-    (tmp_path / "t.jinja").write_text(TEMPLATE)
-    settings = {"enable_auto_tool_choice": True, "tool_call_parser": "hermes"}
-    with serving(engine, chat_template=str(tmp_path / "t.jinja"), **settings) as live:
-        yield live
-    engine.tokenizer.chat_template = before
 
 
 def test_a_conversation_with_tools(with_tools):
