@@ -20,7 +20,7 @@ from checkpoints.errors import (
     MissingWeightsError,
     UnsupportedCheckpointError,
 )
-from checkpoints.loader import SHORT_NAMES, Checkpoint, load
+from checkpoints.loader import SHORT_NAMES, Checkpoint, load, read_config
 from checkpoints.saver import FORMATS, save
 
 __all__ = [
@@ -36,5 +36,6 @@ __all__ = [
     "UnsupportedCheckpointError",
     "convert",
     "load",
+    "read_config",
     "save",
 ]

@@ -113,7 +113,7 @@ def load(
     element_type = None if dtype == "auto" else as_dtype(dtype)
     path = resolve(model, revision)
     with _one_family_of_errors(path):
-        opened = _open_directory(path) if path.is_dir() else _open_gguf(path)
+        opened = _open(path)
         # The tokenizer first: if it cannot be built, the user hears of it before the weights have been read.
         built = None
         if not skip_tokenizer:
@@ -126,6 +126,16 @@ def load(
             source=str(path),
             config_folder=opened.folder,
         )
+
+
+def read_config(model: str | os.PathLike[str], *, revision: str | None = None) -> ModelConfig:
+    """The configuration alone, before any parameter is read; what `load(sharding=...)` is made of, say.
+
+    Args and Raises: as `load`.
+    """
+    path = resolve(model, revision)
+    with _one_family_of_errors(path):
+        return _open(path).config
 
 
 def resolve(model: str | os.PathLike[str], revision: str | None = None) -> Path:
@@ -160,6 +170,10 @@ class _Opened(NamedTuple):
     """Element type that keeps every bit of the parameters."""
     folder: Path | None
     """Where its config.json is, if it has one."""
+
+
+def _open(path: Path) -> _Opened:
+    return _open_directory(path) if path.is_dir() else _open_gguf(path)
 
 
 def _open_gguf(path: Path) -> _Opened:

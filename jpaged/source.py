@@ -27,6 +27,7 @@ from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models import registry
 from jpaged.models.config import ModelConfig
+from jpaged.models.sharding import param_shardings, tensor_mesh
 from jpaged.progress import Progress
 
 Params = dict[str, Any]
@@ -49,7 +50,7 @@ class Source:
 
 
 def on_disk(config: EngineConfig) -> Source:
-    """The model that the configuration names."""
+    """The model that the configuration names; on several devices, each reads its part of the parameters."""
 
     def load(dtype: jnp.dtype) -> checkpoints.Checkpoint:
         with Progress("loading weights", unit="B") as progress:
@@ -58,10 +59,20 @@ def on_disk(config: EngineConfig) -> Source:
                 dtype=dtype.name,
                 revision=config.revision,
                 tokenizer=config.tokenizer,
+                sharding=_sharding(config),
                 progress=progress.weights,
             )
 
     return Source(load=load)
+
+
+def _sharding(config: EngineConfig) -> Callable[..., jax.sharding.NamedSharding] | None:
+    """Where each parameter goes; None for one device. A model that can't be divided is refused before it is read."""
+    if config.tensor_parallel_size == 1:
+        return None
+    model = checkpoints.read_config(config.model, revision=config.revision)
+    mesh = tensor_mesh(config.tensor_parallel_size, model)
+    return None if mesh is None else param_shardings(model, mesh)
 
 
 def of_arguments(

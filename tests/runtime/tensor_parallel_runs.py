@@ -12,9 +12,11 @@ import jax
 import numpy as np
 
 from jpaged import LLM, SamplingParams
+from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models.config import config_from_hf
 from jpaged.models.registry import build
+from jpaged.source import on_disk
 from tests.engine.support import GOLDENS
 
 GOLDEN_MODELS = sorted(path.parent.name for path in (GOLDENS / "models").glob("*/reference.npz"))
@@ -106,6 +108,38 @@ def eight_heads(size: int) -> list[int]:
     return list(llm.generate({"prompt_token_ids": list(range(3, 22))}, greedy)[0].outputs[0].token_ids)
 
 
+def pointers(params) -> list[int]:
+    return [shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(params) for shard in leaf.addressable_shards]
+
+
+def weights(size: int) -> dict:
+    """Read to their devices, served where they are, and replaced: by a tree on the host, and by one on the mesh."""
+    config = EngineConfig(model=str(GOLDENS / "models" / "llama"), tensor_parallel_size=size, **SMALL)
+    loaded = on_disk(config).load(np.dtype("float32"))
+    llm = LLM(model=loaded, tensor_parallel_size=size, **SMALL)
+    placed = size > 1 and pointers(loaded.params) == pointers(llm.params)
+    greedy = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+
+    def tokens() -> list[int]:
+        [output] = llm.generate({"prompt_token_ids": list(range(3, 22))}, greedy)
+        return list(output.outputs[0].token_ids)
+
+    said, where = [tokens()], [leaf.sharding for leaf in jax.tree.leaves(llm.params)]
+    programs = len(llm.engine.runner._compiled)
+    llm.update_weights(jax.tree.map(lambda leaf: np.asarray(leaf) * 1.5, loaded.params))
+    said.append(tokens())
+    trained = jax.tree.map(lambda leaf: leaf * 1.5, llm.params)
+    llm.update_weights(trained)
+    said.append(tokens())
+    return {
+        "tokens": said,
+        "placed": placed,
+        "no copy": pointers(trained) == pointers(llm.params),
+        "stays": where == [leaf.sharding for leaf in jax.tree.leaves(llm.params)],
+        "compiled": len(llm.engine.runner._compiled) - programs,
+    }
+
+
 def refusals() -> list[str]:
     said = []
     for size in (3, 8, 16):
@@ -123,6 +157,7 @@ if __name__ == "__main__":
                 "models": {name: golden(name, size) for name, size in SIZES.items()},
                 "everything": {size: everything_at_once(size) for size in (1, 2)},
                 "quantized": {size: everything_at_once(size, "int8") for size in (1, 2)},
+                "weights": {size: weights(size) for size in (1, 2)},
                 "eight": {size: eight_heads(size) for size in (1, 8)},
                 "refusals": refusals(),
             }

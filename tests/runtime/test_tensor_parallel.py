@@ -66,6 +66,16 @@ def test_samples_beams_copies_and_swaps_are_those_of_one_device(runs, pool):
     assert two["stays"]
 
 
+def test_weights_go_straight_to_their_devices_and_are_replaced_there(runs):
+    one, two = runs["weights"]["1"], runs["weights"]["2"]
+    assert two["tokens"] == one["tokens"]
+    assert two["tokens"][1] != two["tokens"][0]
+    assert two["placed"], "what was read is what is served"
+    assert two["no copy"]
+    assert two["stays"]
+    assert two["compiled"] == 0
+
+
 def test_eight_devices_serve_a_live_tree(runs):
     assert runs["eight"]["8"] == runs["eight"]["1"]
 
