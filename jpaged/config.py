@@ -44,6 +44,8 @@ class SpeculativeConfig:
             return given
         try:
             return cls(**(json.loads(given) if isinstance(given, str) else given))  # type: ignore[arg-type]
+        except InvalidConfigError:
+            raise
         except (TypeError, ValueError) as error:
             raise InvalidConfigError(
                 f'speculative_config: {error}; it takes, say, {{"method": "ngram", "num_speculative_tokens": 7}}.'

@@ -142,7 +142,10 @@ def test_what_follows_the_longest_run_is_guessed():
     ("given", "message"),
     [
         ("{", "it takes, say"),
-        ({"num_speculative_tokens": 0}, "from 1 to 64"),
+        (
+            {"num_speculative_tokens": 0},
+            "^speculative_config: num_speculative_tokens=0 must be an integer from 1 to 64",
+        ),
         ({"num_speculative_tokens": 3, "method": "eagle"}, "'eagle' is not offered"),
         ({"num_speculative_tokens": 3, "prompt_lookup_min": 5}, "above"),
         ({"method": "ngram"}, "num_speculative_tokens"),
