@@ -98,10 +98,10 @@ class Durable:
         store = await asyncio.to_thread(Store, Path(self._config.snapshot_dir or ""))
         try:
             state = await asyncio.to_thread(_load, store)
+            number, self._store = store.begin(), store  # from now on a death is told
             if state is not None:
                 await self._go_on(state)
-            self._store = store
-            await self.save()
+            await self._write(number)
         except BaseException:
             self._store = None
             await asyncio.to_thread(store.close)
@@ -296,11 +296,13 @@ class Durable:
         """
         async with self._saving:
             if self.is_open:
-                store: Store = self._store  # type: ignore[assignment]  # it is open
-                number = store.begin()
-                state = await self._llm.call(self._state)
-                await asyncio.to_thread(lambda: store.save(number, encode(state)))
-                self._saved_at = time.monotonic()
+                await self._write(self._store.begin())  # type: ignore[union-attr]  # it is open
+
+    async def _write(self, number: int) -> None:
+        store: Store = self._store  # type: ignore[assignment]  # it is open
+        state = await self._llm.call(self._state)
+        await asyncio.to_thread(lambda: store.save(number, encode(state)))
+        self._saved_at = time.monotonic()
 
     async def _tick(self) -> None:
         every, store = self._config.snapshot_interval, self._store

@@ -45,7 +45,11 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), code="queue_full")
         case EngineDeadError():
             # What the device said may name files and addresses: it is in the log, and not for clients.
-            return ApiError(500, "the engine has stopped and the request is lost.", code="engine_dead")
+            return ApiError(
+                500,
+                "the engine has stopped; the request is lost, unless this server resumes requests.",
+                code="engine_dead",
+            )
     log.error("an error that nobody expected", exc_info=error)
     return ApiError(500, "internal error.", code="internal")
 

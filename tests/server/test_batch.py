@@ -118,11 +118,11 @@ def test_no_more_at_once_than_allowed(live, tmp_path):
     body = {**GREEDY, "prompt": "a", "max_tokens": 30, "ignore_eos": True}
     lines = [json.dumps({"custom_id": str(i), "url": COMPLETIONS, "body": body}) for i in range(12)]
     source.write_text("\n".join(lines))
-    live.llm.on_outputs, before = lambda outputs: most.append(live.llm.num_unfinished_requests), live.llm.on_outputs
+    live.llm.on_outputs.append(lambda outputs: most.append(live.llm.num_unfinished_requests))
     try:
         assert run(live.url, source, tmp_path / "out.jsonl", max_concurrency=3).done == 12
     finally:
-        live.llm.on_outputs = before
+        live.llm.on_outputs.pop()
     assert max(most) == 3
 
 

@@ -1,10 +1,16 @@
 """Requests that outlive their connections and their server: names, owners, reattaching, and what is kept how long."""
 
+import asyncio
 import json
 import time
 
+import httpx2 as httpx
 import pytest
 
+from jpaged.async_engine import AsyncLLM
+from jpaged.errors import SnapshotError
+from jpaged.server.config import ServerConfig
+from jpaged.server.durable import MAX_DEATHS, Durable
 from jpaged.server.positions import Position, parse
 from tests.server.support import serving
 
@@ -168,14 +174,14 @@ def test_a_request_is_its_keys_own(tiny, tmp_path):
 
 def test_results_are_kept_for_a_while_and_not_too_many(tiny, tmp_path):
     engine = tiny(enable_prefix_caching=False)
-    with serving(engine, snapshot_dir=str(tmp_path), max_kept_results=2, result_ttl=100) as live:
+    with serving(engine, snapshot_dir=str(tmp_path), max_kept_results=2, result_ttl=10000) as live:
         for name in ("a", "b", "c"):
             post(live, {**BODY, "max_tokens": 3}, headers={"X-Request-Id": name})
         live.durable.expire(time.time())
         assert [live.http.get(f"/v1/requests/{name}").status_code for name in "abc"] == [404, 200, 200]
-        live.durable.expire(time.time() + 99)
+        live.durable.expire(time.time() + 5000)
         assert live.http.get("/v1/requests/b").status_code == 200
-        live.durable.expire(time.time() + 101)
+        live.durable.expire(time.time() + 20000)
         assert live.http.get("/v1/requests/b").status_code == 404
     with serving(tiny(enable_prefix_caching=False), snapshot_dir=str(tmp_path)) as live:
         assert live.durable._entries == {}, "what was forgotten stays so"
@@ -194,3 +200,50 @@ def test_a_server_that_stops_lets_the_next_one_finish(tiny, tmp_path, want):
         texts, tokens, _, _ = read(live, path="/v1/requests/finished")
         assert tokens[0] == want[1][:5]
         assert want[0].startswith(texts[0])
+
+
+def test_another_model_is_refused(tiny, tmp_path, monkeypatch):
+    with serving(tiny(enable_prefix_caching=False), snapshot_dir=str(tmp_path)):
+        pass
+    engine = tiny(enable_prefix_caching=False)
+    monkeypatch.setattr(engine, "_fingerprint", (engine.weights_version, "another"))
+    llm = AsyncLLM(engine=engine)
+    with pytest.raises(SnapshotError, match="another model"):
+        asyncio.run(Durable(llm, ServerConfig(snapshot_dir=str(tmp_path))).start())
+    llm.close()
+
+
+def test_what_an_engine_failed_under_goes_on(tiny, tmp_path, want):
+    settings = {"snapshot_dir": str(tmp_path), "enable_admin_endpoints": True}
+    engine = tiny(enable_prefix_caching=False)
+    with serving(engine, **settings) as live, pytest.MonkeyPatch.context() as patch:
+        first, _, last, _ = post(live, BODY, stop_after=4)
+        live.post("/pause")
+
+        def broken(plan):
+            raise RuntimeError("the device is gone")
+
+        patch.setattr(engine.runner, "forward", broken)
+        live.llm.drop([])  # wakes the engine's thread
+        with pytest.raises(httpx.TransportError):  # noqa: PT012  # the server ends at once
+            live.post("/resume")
+            while True:
+                live.http.get("/version")
+    with serving(tiny(enable_prefix_caching=False), **settings) as live:
+        rest, _, _, _ = read(live, headers={"Last-Event-ID": last})
+        assert first[0] + rest[0] == want[0]
+
+
+def test_what_engines_fail_under_again_and_again_is_given_up(tiny, tmp_path):
+    settings = {"snapshot_dir": str(tmp_path), "enable_admin_endpoints": True, "shutdown_timeout": 0}
+    with serving(tiny(enable_prefix_caching=False), drains=False, **settings) as live:
+        live.post("/pause")
+        with live.http.stream("POST", "/v1/completions", json={**BODY, "stream": True}, headers=NAME):
+            pass
+    for _ in range(MAX_DEATHS + 1):
+        [*_, journal] = sorted(tmp_path.glob("journal-*"))
+        with journal.open("ab") as file:
+            file.write(b'{"died": true}\n')
+    with serving(tiny(enable_prefix_caching=False), **settings) as live:
+        answer = live.http.get("/v1/requests/mine", params={"stream": False})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "aborted")
