@@ -53,7 +53,7 @@ def _attention(
     kv_heads: int,
     size: int,
     pool: str | None = None,
-    shared: bool = True,
+    shared: bool = False,
     **options: Any,
 ) -> Case:
     """Attention of 32 rows, or tiles; `shared`: where it decodes, of rows that share blocks."""
@@ -93,6 +93,14 @@ _SHAPES: dict[str, tuple[str, int, int, int, str | None]] = {  # dtype, heads, K
     "int8 32/8 x 128": ("bfloat16", 32, 8, 128, "int8"),
     "e4m3 32/8 x 128": ("bfloat16", 32, 8, 128, "float8_e4m3fn"),
 }
+_SHARED = (
+    "bfloat16 32/8 x 128",
+    "bfloat16 64/8 x 128",
+    "bfloat16 32/32 x 80",
+    "bfloat16 8/4 x 256",
+    "float32 32/8 x 128",
+    "int8 32/8 x 128",
+)
 
 
 def _moves(dtype: str, quantised: str | None = None) -> dict[str, Case]:
@@ -118,7 +126,8 @@ def kernels() -> dict[str, Case]:
             cases[f"{operation} bfloat16 32/8 x {size}, window, soft cap, lse"] = _attention(
                 operation, "bfloat16", 32, 8, size, **_EVERYTHING
             )
-    cases["decode bfloat16 32/8 x 128, nothing shared"] = _attention("decode", "bfloat16", 32, 8, 128, shared=False)
+    for name in _SHARED:
+        cases[f"decode {name}, shared"] = _attention("decode", *_SHAPES[name], shared=True)
     return cases
 
 

@@ -2,7 +2,8 @@
 
 Compiles the kernels for several architectures, and whole steps of large models around them, and prints tables:
 registers, shared memory, tensor-core and TMA instructions, launches, memory. Exits with 1 where a kernel spills
-registers or is not there (XLA ran in its place), and where a step copies the pool or a weight. Nothing is measured.
+registers, waits for each of its tensor-core instructions, or is not there (XLA ran in its place), and where a step
+copies the pool or a weight. Nothing is measured.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def kernel_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
     """One row a kernel of ours."""
     about = {"case": name, "target": target.architecture}
     try:
-        program = deviceless.compile_for(target, case.function, *case.arguments, donate=case.donate)
+        program = deviceless.compile_for(target, case.function, *case.arguments, donate=case.donate, count=case.kernels)
     except Exception as error:  # whatever the compilers say: the other cases go on
         return [about | {"wrong": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}]
     rows = []
@@ -51,7 +52,7 @@ def kernel_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
                 "asynchronous copies": _count(kernel, COPIES),
                 "instructions": kernel.instructions.total(),
                 "launches": len(program.launches),
-                "wrong": "spills" if kernel.spills else "",
+                "wrong": "spills" if kernel.spills else kernel.serialized,
             }
         )
     return rows

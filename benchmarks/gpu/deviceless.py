@@ -40,6 +40,8 @@ class Kernel(NamedTuple):
     spill_bytes: int  # stored to memory and loaded back for want of registers
     stack_bytes: int
     instructions: collections.Counter  # of the machine code, by opcode; modifiers cut off
+    loop: collections.Counter  # of them, those of the loop that does the work; empty without one
+    serialized: str  # why ptxas makes tensor-core instructions wait for each other; empty if it doesn't
 
     @property
     def spills(self) -> bool:
@@ -90,8 +92,13 @@ def _mesh(target: Target) -> jax.sharding.Mesh:
     return topologies.make_mesh(topology, (1,), ("x",))
 
 
-def compile_for(target: Target, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
+def compile_for(
+    target: Target, function: Callable, *arguments: Any, donate: tuple[int, ...] = (), count: tuple[str, ...] = ()
+) -> Program:
     """Compiles a function of abstract arrays (trees of `jax.ShapeDtypeStruct`) for a target.
+
+    Args:
+      count: count the instructions of kernels whose names begin so. Taking code apart takes as long as making it.
 
     Raises:
       jax.errors.JaxRuntimeError: XLA or ptxas refuse it (too much shared memory, an unknown instruction).
@@ -113,7 +120,7 @@ def compile_for(target: Target, function: Callable, *arguments: Any, donate: tup
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
             compiled = lowered.compile(compiler_options=options)
-        kernels = dict(kernel for kept in folder.glob("kernel-*") for kernel in _kernels(kept))
+        kernels = dict(kernel for kept in folder.glob("kernel-*") for kernel in _kernels(kept, count))
         dump = {suffix: next((folder / "dump").glob(f"*{suffix}.txt")).read_text() for suffix in _DUMPS}
     return Program(kernels, _launches(dump["thunk_sequence"]), compiled.memory_analysis(), _temporaries(dump[_BUFFERS]))
 
@@ -122,25 +129,55 @@ _BUFFERS = "gpu_after_optimizations-buffer-assignment"
 _DUMPS = ("thunk_sequence", _BUFFERS)
 
 
-def _kernels(kept: Path) -> list[tuple[str, Kernel]]:
+def _kernels(kept: Path, count: tuple[str, ...]) -> list[tuple[str, Kernel]]:
     """The kernels of one run of ptxas."""
     words = (kept / "words").read_text()
     if not (kept / "cubin").exists() or "Compiling entry function" not in words:
         return []
-    command = [_tools() / "nvdisasm", kept / "cubin"]
-    code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    entries = words.split("Compiling entry function '")[1:]
+    code = ""
+    if count and any(about.startswith(count) for about in entries):
+        command = [_tools() / "nvdisasm", kept / "cubin"]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = []
-    for about in words.split("Compiling entry function '")[1:]:
+    for about in entries:
         name = about.split("'", 1)[0]
         body = code.partition(f".section\t.text.{name},")[2].partition(".section\t")[0]
-        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)", body, re.MULTILINE)
+        serialized = re.search(rf"are serialized due to (.*?) in the function '{name}'", words)
         stack, stores, loads = (
             int(re.search(rf"(\d+) bytes {what}", about)[1])  # type: ignore[index]  # ptxas always says
             for what in ("stack frame", "spill stores", "spill loads")
         )
         registers = int(re.search(r"Used (\d+) registers", about)[1])  # type: ignore[index]
-        found.append((name, Kernel(registers, stores + loads, stack, collections.Counter(opcodes))))
+        opcodes, loop = _instructions(body)
+        why = serialized[1] if serialized else ""
+        found.append((name, Kernel(registers, stores + loads, stack, opcodes, loop, why)))
     return found
+
+
+_LINE = re.compile(r"^(?:(\.L\w+):|\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]+)(.*))", re.MULTILINE)
+_WORK = ("HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG", "FFMA")
+"""Opcodes of which a loop that does the work has many."""
+
+
+def _instructions(body: str) -> tuple[collections.Counter, collections.Counter]:
+    """Opcodes of a function in nvdisasm's words, and those of its hottest loop: from a label to a branch back to it.
+
+    The hottest has the most work, and of loops with equal work (one has masks) the one with fewer instructions.
+    """
+    opcodes: list[str] = []
+    labels: dict[str, int] = {}
+    loops = [collections.Counter()]
+    for label, opcode, rest in _LINE.findall(body):
+        if label:
+            labels[label] = len(opcodes)
+            continue
+        opcodes.append(opcode)
+        target = re.search(r"`\((\.L\w+)\)", rest)
+        if opcode == "BRA" and target and target[1] in labels and labels[target[1]] < len(opcodes) - 1:
+            loops.append(collections.Counter(opcodes[labels[target[1]] :]))
+    hottest = max(loops, key=lambda loop: (sum(loop[opcode] for opcode in _WORK), -loop.total()))
+    return collections.Counter(opcodes), hottest
 
 
 def _launches(text: str) -> list[Launch]:

@@ -38,6 +38,44 @@ def test_launches_and_temporaries():
     assert deviceless._temporaries(BUFFERS) == [256, 512]
 
 
+WORDS = """ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to no reason in the function 'slow' in line 7
+ptxas info    : Compiling entry function 'slow' for 'sm_90a'
+ptxas info    : Function properties for slow
+    16 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 156 registers, used 1 barriers
+"""
+CODE = """
+        /*0000*/                   S2R R0, SR_CTAID.X ;
+.L_x_1:
+        /*0010*/                   LDGSTS.E.BYPASS.128 [R0], desc[UR18][R6.64], !P0 ;
+        /*0020*/                   HGMMA.64x64x16.F32.BF16 R88, gdesc[UR8], RZ, !UPT, gsb0 ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   MUFU.EX2 R4, R5 ;
+.L_x_2:
+        /*0050*/               @P0 BRA `(.L_x_1) ;
+.L_x_3:
+        /*0060*/                   FADD R0, R0, R1 ;
+        /*0070*/               @P0 BRA `(.L_x_3) ;
+.L_x_4:
+        /*0080*/                   BRA `(.L_x_4);
+"""
+
+
+def test_spills_and_serialised_instructions(tmp_path):
+    (tmp_path / "words").write_text(WORDS)
+    (tmp_path / "cubin").write_bytes(b"")
+    [(name, kernel)] = deviceless._kernels(tmp_path, ())
+    assert (name, kernel.registers, kernel.spill_bytes, kernel.stack_bytes) == ("slow", 156, 12, 16)
+    assert kernel.spills
+    assert kernel.serialized == "no reason"
+
+
+def test_the_loop_that_does_the_work():
+    opcodes, loop = deviceless._instructions(CODE)
+    assert opcodes.total() == 9
+    assert loop == {"LDGSTS": 1, "HGMMA": 1, "BRA": 2, "MUFU": 1}
+
+
 def test_architectures():
     assert list(TARGETS) == ["sm_80", "sm_90a", "sm_100a"]
     assert "major: 9 minor: 0 feature_extension: ACCELERATED_FEATURES" in TARGETS["sm_90a"].config()
