@@ -129,6 +129,26 @@ class BlockManager(RowTables):
                 self.allocator.keep(block)
             digests.append(digest)
 
+    def cached_content(self) -> list[tuple[int, bytes, bytes]]:
+        """(block, digest of its parent, its tokens' int32 bytes) of all blocks that can be found; the next to be
+        evicted first, those in use last."""
+        content = {} if self.cache is None else self.cache.content()
+        idle = [block for block in self.allocator.cached_blocks() if block in content]
+        return [(block, *content[block]) for block in [*idle, *(content.keys() - set(idle))]]
+
+    def adopt(self, named: Sequence[tuple[bytes, Sequence[int]]]) -> np.ndarray:
+        """Gives out a block for each (digest of its parent, its tokens), to be found by them from now on.
+
+        There must be so many free ones, and the caller writes their K and V before anything else runs. int32 [n].
+        """
+        blocks = self.allocator.allocate(len(named))
+        for block, (parent, tokens) in zip(blocks, named, strict=True):
+            _, entered = self.cache.insert(parent, tokens, block)  # type: ignore[union-attr]  # there is one
+            if entered:
+                self.allocator.keep(block)
+        self.allocator.release(blocks)
+        return np.array(blocks, np.int32)
+
     def reset_prefix_cache(self) -> None:
         """Forgets all cached content, parked tables included; blocks in use stay in use."""
         for table in list(self.parked):

@@ -91,6 +91,10 @@ class PrefixCache:
         self._by_block[block] = digest
         return digest, True
 
+    def content(self) -> dict[int, tuple[bytes, bytes]]:
+        """Of each block, (digest of its parent, its tokens' int32 bytes): what `insert` names it by."""
+        return {entry.block: (entry.parent, entry.tokens) for entry in self._by_digest.values()}
+
     def evict(self, block: int) -> None:
         del self._by_digest[self._by_block.pop(block)]
 

@@ -81,6 +81,28 @@ class Swapper:
         self._count("swap_in", self.back, len(blocks), time.perf_counter() - start)
         return pool
 
+    def read(self, pool: Pool, blocks: np.ndarray) -> list[np.ndarray]:
+        """The contents of blocks (int32 [n]), for each array of the pool [n, ...]."""
+        chunks = [jax.tree.leaves(self._gather(pool, chunk)) for chunk in _chunks(blocks)]
+        return [np.concatenate([np.asarray(c) for c in parts])[: len(blocks)] for parts in zip(*chunks, strict=True)]
+
+    def write(self, pool: Pool, contents: list[np.ndarray], blocks: np.ndarray) -> Pool:
+        """Writes what `read` returned into blocks (int32 [n]); the pool is donated."""
+        start, treedef = 0, jax.tree.structure(pool)
+        for chunk in _chunks(blocks):
+            parts = [array[start : start + len(chunk)] for array in contents]
+            missing = len(chunk) - len(parts[0])  # padding goes to the null block
+            parts = [np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)]) for part in parts]
+            pool = self._scatter(pool, chunk, jax.device_put(jax.tree.unflatten(treedef, parts), self._here))
+            start += len(chunk)
+        return pool
+
+    @staticmethod
+    def fits(pool: Pool, contents: list[np.ndarray]) -> bool:
+        """Whether `read` of such a pool could have returned this."""
+        kinds = [(array.shape[1:], array.dtype) for array in contents]
+        return kinds == [(leaf.shape[1:], leaf.dtype) for leaf in jax.tree.leaves(pool)]
+
     def _count(self, event: str, traffic: Traffic, blocks: int, seconds: float) -> None:
         traffic.add(blocks, blocks * self.block_bytes, seconds)
         logs.report(log, event, blocks=blocks, bytes=blocks * self.block_bytes, seconds=round(seconds, 6))

@@ -64,6 +64,9 @@ class ServerConfig:
     snapshot_interval: float = 60.0
     """Seconds between two snapshots of what has been generated; after a crash, what came later is computed again. 0:
     only when the server stops."""
+    snapshot_pool: bool = False
+    """When the server stops, write the prefix cache too, with its keys and values: the next server computes less again.
+    It is as large as the pool, at most."""
     result_ttl: float = 3600.0
     """With a snapshot_dir: seconds that the result of a request that its client has named is kept."""
     max_kept_results: int = 1024

@@ -27,6 +27,7 @@ from jpaged.server.errors import ApiError
 from jpaged.server.ledger import Entry, State, decode, encode
 from jpaged.server.tickets import Ticket
 from jpaged.snapshots import record_of_result, result_of
+from jpaged.snapshots.pool import Tree, adopt_cache, read_cache
 from jpaged.snapshots.store import Store
 from jpaged.streams import Stream
 
@@ -97,10 +98,10 @@ class Durable:
         """
         store = await asyncio.to_thread(Store, Path(self._config.snapshot_dir or ""))
         try:
-            state = await asyncio.to_thread(_load, store)
+            found = await asyncio.to_thread(_load, store)
             number, self._store = store.begin(), store  # from now on a death is told
-            if state is not None:
-                await self._go_on(state)
+            if found is not None:
+                await self._go_on(*found)
             await self._write(number)
         except BaseException:
             self._store = None
@@ -108,7 +109,7 @@ class Durable:
             raise
         self._ticking = asyncio.create_task(self._tick())
 
-    async def _go_on(self, state: State) -> None:
+    async def _go_on(self, state: State, pool: Tree) -> None:
         with self._lock:
             for entry in state.entries:
                 entry.kept = True  # its client has lost it, and may come back
@@ -117,6 +118,9 @@ class Durable:
                 self._journaled.add(entry.ticket.id)
             self._results = {result.request_id: result_of(result) for result in state.results}
             given_up = [part for e in state.entries if e.deaths > MAX_DEATHS for part in e.parts]
+        count = await self._llm.call(lambda engine: adopt_cache(pool, engine.blocks, engine.runner))
+        if count:
+            log.info("%d blocks of the KV cache are those of the snapshot", count)
         await self._llm.restore(state.engine)
         if given_up:
             await self._llm.abort(given_up)
@@ -131,8 +135,8 @@ class Durable:
             self._closed = True
             store: Store = self._store  # type: ignore[assignment]  # it is open
             number = store.begin()
-            state = await self._llm.suspend(self._state, suspended())
-            await asyncio.to_thread(store.save, number, encode(state))
+            state, pool = await self._llm.suspend(self._state_and_pool, suspended())
+            await asyncio.to_thread(store.save, number, encode(state), pool)
         await self._close()
         log.info("%d unfinished requests are in %s", len(state.engine.requests), self._config.snapshot_dir)
 
@@ -288,6 +292,10 @@ class Durable:
             engine=engine.snapshot(unfinished),
         )
 
+    def _state_and_pool(self, engine: LLMEngine) -> tuple[State, Tree]:
+        wanted = self._config.snapshot_pool
+        return self._state(engine), read_cache(engine.blocks, engine.runner) if wanted else {}
+
     async def save(self) -> None:
         """Writes a snapshot; the engine goes on meanwhile.
 
@@ -334,9 +342,9 @@ class Durable:
             self.forget(entry)
 
 
-def _load(store: Store) -> State | None:
+def _load(store: Store) -> tuple[State, Tree] | None:
     loaded = store.load()
-    return None if loaded is None else decode(*loaded)
+    return None if loaded is None else (decode(*loaded[:2]), loaded[2])
 
 
 def _size(output: RequestOutput) -> int:

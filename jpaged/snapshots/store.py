@@ -25,6 +25,7 @@ import numpy as np
 from jpaged.errors import SnapshotError
 from jpaged.snapshots.journal import Journal, Line, read, sync_folder
 
+Tree = dict[str, Any]
 _NAME = re.compile(r"(snapshot-(\d{1,12})|journal-(\d{1,12})\.jsonl)")
 
 
@@ -53,8 +54,8 @@ class Store:
         self._next = max([*snapshots, *journals], default=0) + 1
         self._journal: Journal | None = None
 
-    def load(self) -> tuple[bytes, list[Line]] | None:
-        """(the state of the latest snapshot, what the journals tell since then); None if there is no snapshot.
+    def load(self) -> tuple[bytes, list[Line], Tree] | None:
+        """(the state of the latest snapshot, what the journals tell since then, its pool); None: there is no snapshot.
 
         Raises:
           SnapshotError: they are damaged.
@@ -62,7 +63,8 @@ class Store:
         if self._latest is None:
             return None
         lines = [line for n in self._numbers()[1] if n >= self._latest for line in read(self._journal_path(n))]
-        return self._load_tree()["state"].tobytes(), lines
+        tree = self._load_tree()
+        return tree["state"].tobytes(), lines, tree.get("pool", {})
 
     def _load_tree(self) -> dict[str, Any]:
         from orbax.checkpoint import v1
@@ -92,17 +94,21 @@ class Store:
             self._journal.switch(path)
         return number
 
-    def save(self, number: int, state: bytes) -> None:
+    def save(self, number: int, state: bytes, pool: Tree | None = None) -> None:
         """Writes the snapshot that was begun, and deletes what it makes superfluous.
+
+        Args:
+          pool: a nested dict of arrays; see `jpaged.snapshots.pool`.
 
         Raises:
           SnapshotError: it can't be written. What there was is there still.
         """
         from orbax.checkpoint import v1
 
+        tree = {"state": np.frombuffer(state, np.uint8), **({"pool": pool} if pool else {})}
         try:
             with _quiet():
-                v1.save(self.folder / f"snapshot-{number}", {"state": np.frombuffer(state, np.uint8)})
+                v1.save(self.folder / f"snapshot-{number}", tree)
             sync_folder(self.folder)
         except Exception as error:  # whatever Orbax and TensorStore raise
             raise SnapshotError(f"{self.folder}: the snapshot can't be written: {_first_line(error)}") from error

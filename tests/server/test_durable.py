@@ -28,8 +28,9 @@ def events_of(lines):
             yield event_id, json.loads(line[6:])
 
 
-def read(live, method="GET", path="/v1/requests/mine", stop_after=None, **request):
-    """(texts by choice, token ids by choice, last event id, last data) of a stream, cut off after some events."""
+def read(live, method="GET", path="/v1/requests/mine", stop_after=None, stop_at=None, **request):
+    """(texts by choice, token ids by choice, last event id, last data) of a stream, cut off after some events or
+    tokens of the first choice."""
     texts, tokens, last, data = {}, {}, None, {}
     with live.http.stream(method, path, **request) as answer:
         assert answer.status_code == 200, answer.read()
@@ -40,13 +41,23 @@ def read(live, method="GET", path="/v1/requests/mine", stop_after=None, **reques
                 text = choice["text"] if "text" in choice else choice["delta"].get("content") or ""
                 texts[index] = texts.get(index, "") + text
                 tokens[index] = tokens.get(index, []) + choice.get("token_ids", [])
-            if count == stop_after:
+            if count == stop_after or (stop_at is not None and len(tokens[0]) >= stop_at):
                 break
     return texts, tokens, last, data
 
 
 def post(live, body, headers=NAME, path="/v1/completions", **more):
     return read(live, "POST", path, json={**body, "stream": True, "return_token_ids": True}, headers=headers, **more)
+
+
+def pause_at(live, count):
+    """Stops the engine when a request has so many tokens."""
+
+    def look(outputs):
+        if any(len(output.outputs[0].token_ids) == count for output in outputs):
+            live.llm._paused = True  # on its own thread
+
+    live.llm.on_outputs.append(look)
 
 
 @pytest.fixture(scope="module")
@@ -188,18 +199,24 @@ def test_results_are_kept_for_a_while_and_not_too_many(tiny, tmp_path):
 
 
 def test_a_server_that_stops_lets_the_next_one_finish(tiny, tmp_path, want):
-    """One reader is told, one has left; one request had finished before."""
-    settings = {"snapshot_dir": str(tmp_path), "enable_admin_endpoints": True, "shutdown_timeout": 0}
-    with serving(tiny(enable_prefix_caching=False), drains=False, **settings) as live:
+    """One reader is told, one has left; one request had finished before. The prefix cache goes along."""
+    settings = {
+        "snapshot_dir": str(tmp_path),
+        "enable_admin_endpoints": True,
+        "shutdown_timeout": 0,
+        "snapshot_pool": True,
+    }
+    with serving(tiny(), drains=False, **settings) as live:
         post(live, {**BODY, "max_tokens": 5}, headers={"X-Request-Id": "finished"})
-        first, ids, last, _ = post(live, BODY, stop_after=9)
-        live.post("/pause")
-    with serving(tiny(enable_prefix_caching=False), **settings) as live:
+        pause_at(live, 12)
+        first, ids, last, _ = post(live, BODY, stop_at=9)
+    with serving(tiny(), **settings) as live:
         rest, more, _, _ = read(live, headers={"Last-Event-ID": last})
         assert (first[0] + rest[0], ids[0] + more[0]) == want
         texts, tokens, _, _ = read(live, path="/v1/requests/finished")
         assert tokens[0] == want[1][:5]
         assert want[0].startswith(texts[0])
+        assert live.llm.engine.blocks.stats.hits >= 8, "what was computed before is found"
 
 
 def test_another_model_is_refused(tiny, tmp_path, monkeypatch):
@@ -217,14 +234,13 @@ def test_what_an_engine_failed_under_goes_on(tiny, tmp_path, want):
     settings = {"snapshot_dir": str(tmp_path), "enable_admin_endpoints": True}
     engine = tiny(enable_prefix_caching=False)
     with serving(engine, **settings) as live, pytest.MonkeyPatch.context() as patch:
-        first, _, last, _ = post(live, BODY, stop_after=4)
-        live.post("/pause")
+        pause_at(live, 9)
+        first, _, last, _ = post(live, BODY, stop_at=4)
 
         def broken(plan):
             raise RuntimeError("the device is gone")
 
         patch.setattr(engine.runner, "forward", broken)
-        live.llm.drop([])  # wakes the engine's thread
         with pytest.raises(httpx.TransportError):  # noqa: PT012  # the server ends at once
             live.post("/resume")
             while True:

@@ -28,13 +28,13 @@ def test_a_snapshot_and_what_came_after(tmp_path):
     assert stat.S_IMODE((folder / "journal-1.jsonl").stat().st_mode) == 0o600
 
     store = Store(folder)
-    assert store.load() == (b"one", [{"i": 0}, {"i": 1}, {"i": 2}])
+    assert store.load() == (b"one", [{"i": 0}, {"i": 1}, {"i": 2}], {})
     number = store.begin()
     store.append({"i": 3})
     store.close()  # the process ends before the snapshot is written
 
     store = Store(folder)
-    assert store.load() == (b"one", [{"i": 0}, {"i": 1}, {"i": 2}, {"i": 3}])
+    assert store.load() == (b"one", [{"i": 0}, {"i": 1}, {"i": 2}, {"i": 3}], {})
     number = store.begin()
     store.append({"i": 4})
     assert store.journal_size == 0 or store.journal_size == len(b'{"i":4}\n')
@@ -42,7 +42,7 @@ def test_a_snapshot_and_what_came_after(tmp_path):
     store.close()
     assert names(folder) == ["journal-3.jsonl", "snapshot-3"]
     store = Store(folder)
-    assert store.load() == (b"two", [{"i": 4}])
+    assert store.load() == (b"two", [{"i": 4}], {})
     store.close()
 
 
@@ -98,7 +98,7 @@ def test_what_an_interrupted_save_left_is_no_snapshot_and_goes_away(tmp_path):
     journal_of(tmp_path, [])
     (tmp_path / "snapshot-2.orbax-checkpoint-tmp-17").mkdir()
     store = Store(tmp_path)
-    assert store.load() == (b"one", [])
+    assert store.load() == (b"one", [], {})
     store.save(store.begin(), b"two")
     store.save(store.begin(), b"three")
     store.close()
