@@ -25,6 +25,8 @@ class Device:
     """"cpu", "cuda", "rocm", "tpu"."""
     capability: int
     """CUDA compute capability times 10 (H100: 90); 0 elsewhere."""
+    kind: str = ""
+    """Of an NVIDIA GPU, as JAX calls it: "NVIDIA H200"."""
 
 
 INTERPRETER = Device("cuda", 100)
@@ -49,7 +51,7 @@ def current_device() -> Device:
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform in ("cuda", "gpu"):
         words = abstract.device_kind.split()
-        return Device("cuda", max((_CAPABILITIES.get(word, 0) for word in words), default=0))
+        return Device("cuda", max((_CAPABILITIES.get(word, 0) for word in words), default=0), abstract.device_kind)
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):
         device = jax.devices(device)[0] if device else jax.devices()[0]
@@ -57,7 +59,7 @@ def current_device() -> Device:
         return Device(device.platform, 0)
     if "rocm" in device.client.platform_version.lower():
         return Device("rocm", 0)
-    return Device("cuda", int(float(device.compute_capability) * 10 + 0.5))
+    return Device("cuda", int(float(device.compute_capability) * 10 + 0.5), device.device_kind)
 
 
 def requested(implementation: str | None) -> str:

@@ -22,7 +22,13 @@ from pallas_kernels.paged_attention import (
     pool_shape,
 )
 
-BLOCK_SIZE, TILE_SIZE = 16, 64
+BLOCK_SIZE = 16
+MEMBERS = 8  # rows of a piece that share blocks
+
+
+def tile_size(heads: int, kv_heads: int) -> int:
+    """Queries of a tile: what `jpaged.startup.default_tile_size` takes on GPU."""
+    return 128 if heads == kv_heads else 64
 
 
 class Case(NamedTuple):
@@ -46,7 +52,7 @@ def _pool(dtype: str, kv_heads: int, size: int, quantised: str | None) -> Any:
     return _array(shape, dtype)
 
 
-def _attention(
+def attention(
     operation: str,
     dtype: str,
     heads: int,
@@ -64,7 +70,7 @@ def _attention(
     if operation == "decode":
         q, pieces = _array((rows, heads, size), dtype), None
         if shared:
-            pieces = SharedPrefixes(_array((rows // 4, 8), "int32"), _array((rows // 4,), "int32"))
+            pieces = SharedPrefixes(_array((rows // 4, MEMBERS), "int32"), _array((rows // 4,), "int32"))
 
         def decode(q, kv, tables, row, pieces):
             return paged_decode_attention(q, kv, tables, row, shared=pieces, **options)
@@ -72,7 +78,7 @@ def _attention(
         kernels = ("paged_decode_shared",) if shared else ()
         kernels += ("paged_decode", "paged_decode_merge")
         return Case(decode, (q, kv, tables, row, pieces), kernels, capability=capability)
-    q = _array((rows, TILE_SIZE, heads, size), dtype)
+    q = _array((rows, tile_size(heads, kv_heads), heads, size), dtype)
     function = functools.partial(paged_prefill_attention, **options)
     return Case(function, (q, kv, tables, row, row), ("paged_prefill",), capability=capability)
 
@@ -121,13 +127,13 @@ def kernels() -> dict[str, Case]:
     cases = _moves("bfloat16") | _moves("bfloat16", "int8")
     for operation in ("decode", "prefill"):
         for name, (dtype, heads, kv_heads, size, pool) in _SHAPES.items():
-            cases[f"{operation} {name}"] = _attention(operation, dtype, heads, kv_heads, size, pool)
+            cases[f"{operation} {name}"] = attention(operation, dtype, heads, kv_heads, size, pool)
         for size in (128, 256):
-            cases[f"{operation} bfloat16 32/8 x {size}, window, soft cap, lse"] = _attention(
+            cases[f"{operation} bfloat16 32/8 x {size}, window, soft cap, lse"] = attention(
                 operation, "bfloat16", 32, 8, size, **_EVERYTHING
             )
     for name in _SHARED:
-        cases[f"decode {name}, shared"] = _attention("decode", *_SHAPES[name], shared=True)
+        cases[f"decode {name}, shared"] = attention("decode", *_SHAPES[name], shared=True)
     return cases
 
 
@@ -136,7 +142,7 @@ def _step(name: str, decodes: int, tiles: int, num_blocks: int = 4096) -> Case:
     dtype, rows, longest = jnp.dtype(jnp.bfloat16), 257, 2048
     config = model_config(name, tiny=False)
     module: nn.Module = build(config, dtype)
-    bucket = Bucket(decodes, tiles)
+    bucket, tile = Bucket(decodes, tiles), tile_size(config.num_attention_heads, config.num_key_value_heads)
     arguments = (
         abstract_params(module, dtype),
         KVPoolSpec.of(config, dtype, num_blocks, BLOCK_SIZE).abstract(),
@@ -146,7 +152,7 @@ def _step(name: str, decodes: int, tiles: int, num_blocks: int = 4096) -> Case:
     )
     kernels = ("block_copy", "paged_decode_shared", "paged_decode", "paged_decode_merge")
     kernels += ("paged_prefill",) if tiles else ()
-    return Case(make_forward(module, BLOCK_SIZE, TILE_SIZE, bucket), arguments, kernels, donate=(1, 2))
+    return Case(make_forward(module, BLOCK_SIZE, tile, bucket), arguments, kernels, donate=(1, 2))
 
 
 def steps() -> dict[str, Case]:

@@ -32,6 +32,7 @@ class Part(NamedTuple):
 PARTS = {
     "correctness-xla": Part("benchmarks.gpu.correctness", "xla", 60),
     "correctness-triton": Part("benchmarks.gpu.correctness", "triton", 70),
+    "tune": Part("benchmarks.gpu.tune", "", 80),
     "bandwidth-triton": Part("benchmarks.gpu.bandwidth", "triton", 80),
     "bandwidth-xla": Part("benchmarks.gpu.bandwidth", "xla", 50),
     "prefill": Part("benchmarks.gpu.prefill", "", 60),

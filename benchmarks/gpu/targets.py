@@ -21,6 +21,8 @@ class Target:
     clock_ghz: float
     float32_lanes: int
     """Of one multiprocessor."""
+    tensor_rate: int
+    """Operations (a product and a sum are two) of one multiprocessor's tensor cores in a cycle: dense, 16 bits."""
 
     @property
     def architecture(self) -> str:
@@ -68,8 +70,8 @@ class Target:
 TARGETS = {
     target.architecture: target
     for target in (
-        Target("NVIDIA A100", (8, 0), 108, 164 << 10, 80 << 30, 2_039_000_000_000, 40 << 20, 1.41, 64),
-        Target("NVIDIA H200", (9, 0), 132, 228 << 10, 141 << 30, 4_800_000_000_000, 50 << 20, 1.98, 128),
-        Target("NVIDIA B200", (10, 0), 148, 228 << 10, 178 << 30, 7_672_000_000_000, 126 << 20, 1.965, 128),
+        Target("NVIDIA A100", (8, 0), 108, 164 << 10, 80 << 30, 2_039_000_000_000, 40 << 20, 1.41, 64, 2048),
+        Target("NVIDIA H200", (9, 0), 132, 228 << 10, 141 << 30, 4_800_000_000_000, 50 << 20, 1.98, 128, 4096),
+        Target("NVIDIA B200", (10, 0), 148, 228 << 10, 178 << 30, 7_672_000_000_000, 126 << 20, 1.965, 128, 8192),
     )
 }

@@ -19,8 +19,9 @@ from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.splits import num_items, plan_splits
-from pallas_kernels.paged_attention.tiles import Tiles, decode_tiles
+from pallas_kernels.paged_attention.tiles import Tiles
 from pallas_kernels.paged_attention.triton_call import call, like
+from pallas_kernels.paged_attention.tuned import tiles_for
 
 FEWEST_TOKENS = 256  # a split of fewer costs more than 3 % of its bytes in partial results
 FEWEST_SHARED_TOKENS = 1024  # which have a partial result for each row of the piece
@@ -149,7 +150,7 @@ def paged_decode_attention(
 ) -> Any:
     """See `api.paged_decode_attention`. Up to three launches: what rows share, their splits, and the merge."""
     rows, heads, size = q.shape
-    tiles = tiles or decode_tiles(size, q.dtype.itemsize)
+    tiles = tiles or tiles_for("decode", size, q.dtype.itemsize)
     options = {"scale": scale, "window": sliding_window, "cap": logit_soft_cap}
     shape = softmax.shape_of(q, kv, tiles, 1, options)
     lengths = lengths.astype(jnp.int32)

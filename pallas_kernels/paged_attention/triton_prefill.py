@@ -12,8 +12,9 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.quantized import KV
-from pallas_kernels.paged_attention.tiles import Tiles, prefill_tiles
+from pallas_kernels.paged_attention.tiles import Tiles
 from pallas_kernels.paged_attention.triton_call import call, like
+from pallas_kernels.paged_attention.tuned import tiles_for
 
 
 def _prefill_kernel(*refs, shape: softmax.Shape, parts: int, unflatten: Callable):
@@ -69,7 +70,7 @@ def paged_prefill_attention(
 ) -> Any:
     """See `api.paged_prefill_attention`. One launch."""
     rows, c, _, size = q.shape
-    tiles = tiles or prefill_tiles(size, q.dtype.itemsize)
+    tiles = tiles or tiles_for("prefill", size, q.dtype.itemsize)
     options = {"scale": scale, "window": sliding_window, "cap": logit_soft_cap}
     shape = softmax.shape_of(q, kv, tiles, c, options)
     inputs = softmax.inputs_of(q, kv, tables, lengths.astype(jnp.int32), starts.astype(jnp.int32), sinks)
