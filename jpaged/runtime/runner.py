@@ -100,7 +100,6 @@ class Runner:
         self.max_model_len = max_model_len
         self._vocab_size = config.vocab_size
         self._null_row = max_num_seqs
-        self._ruled_rows: set[int] = set()
         self._leaves, self._treedef = jax.tree.flatten(params)
         self._compiled: dict[tuple, Any] = {}
         self._make_state = functools.partial(
@@ -199,11 +198,9 @@ class Runner:
     def admit(self, sequence: Sequence, table: np.ndarray, bad_words: list[list[int]]) -> None:
         """Uploads an admitted sequence's tokens, block table [W] and sampling parameters to its row."""
         self.state = self._admit(self.state, batch.pack_admission(sequence, table, self.max_model_len))
-        ruled = sequence.group.params.needs_rules
-        if ruled or sequence.row in self._ruled_rows:  # those of an earlier sequence must not stay
+        if sequence.group.params.needs_rules:
             rules = batch.rules_of(sequence, self._vocab_size, bad_words)
             self.state = self._set_rules(self.state, np.int32(sequence.row), rules)
-            (self._ruled_rows.add if ruled else self._ruled_rows.discard)(sequence.row)
 
     def prepare(self, plan: StepPlan) -> None:
         """Swaps blocks out and in, and edits rows, as a plan wants it before its sequences are admitted."""

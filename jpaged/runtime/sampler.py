@@ -48,7 +48,8 @@ def sample(
     if variant.penalties:
         logits = penalize(logits, tokens[rows], positions, p)
     if variant.rules:
-        logits = apply_rules(logits, tokens[rows], positions, jax.tree.map(lambda leaf: leaf[rows], rules))
+        edited = apply_rules(logits, tokens[rows], positions, jax.tree.map(lambda leaf: leaf[rows], rules))
+        logits = jnp.where(p["needs_rules"][:, None] > 0, edited, logits)
     searched, allowed = logits, None if masks is None else _unpack(masks, logits.shape[-1])
     if allowed is not None:
         logits = constrain(logits, allowed, raw)

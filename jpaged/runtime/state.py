@@ -22,7 +22,7 @@ MAX_BAD_SEQUENCES = 2 * MAX_BAD_WORDS
 MAX_SUPPRESSED = MAX_STOP_TOKEN_IDS + 16
 
 FLOATS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
-INTEGERS = ("top_k", "seed_high", "seed_low", "sequence_index", "prompt_length")
+INTEGERS = ("top_k", "seed_high", "seed_low", "sequence_index", "prompt_length", "needs_rules")
 NUM_PARAMETERS = len(FLOATS) + len(INTEGERS)
 
 
@@ -30,7 +30,8 @@ Array = Any  # a jax.Array on the device; a NumPy array of one row on its way th
 
 
 class Rules(NamedTuple):
-    """Token-by-token edits of the logits of each row; read only by steps whose variant has `rules`."""
+    """Token-by-token edits of the logits of each row; read only by steps whose variant has `rules`, and for rows whose
+    sequence `needs_rules`: the others have what an earlier sequence has left there."""
 
     bias_tokens: Array  # int32 [rows, MAX_LOGIT_BIAS], NO_TOKEN where unused
     bias_values: Array  # float32 [rows, MAX_LOGIT_BIAS]
@@ -82,6 +83,7 @@ def pack_admission(sequence: Sequence, table: np.ndarray, max_model_len: int) ->
         seed & 0xFFFFFFFF,
         sequence.index,
         len(sequence.group.prompt_token_ids),
+        params.needs_rules,
     )
     packed[head : head + len(sequence.tokens)] = sequence.tokens
     packed[head + max_model_len :] = table

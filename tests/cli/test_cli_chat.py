@@ -20,7 +20,7 @@ def conversation(tiny):
         params = SamplingParams(
             temperature=0, max_tokens=max_tokens, ignore_eos=True, output_kind=RequestOutputKind.DELTA
         )
-        return Conversation(tiny(), params, status, CompileReport(status, 16), **arguments)
+        return Conversation(tiny(), params, status, CompileReport(status), **arguments)
 
     return make
 
