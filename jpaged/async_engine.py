@@ -24,9 +24,11 @@ from jpaged.config import EngineConfig
 from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
+from jpaged.runtime.samplers import Samplers, request_variant
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
 from jpaged.sequence import Pooling
 from jpaged.snapshots import Snapshot
+from jpaged.startup import WARM_VARIANTS
 from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
 
@@ -84,6 +86,9 @@ class AsyncLLM:
         self._stopping = threading.Event()
         self._paused = False
         self._workers = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="jpaged-tokenizer")
+        self._samplers: Samplers | None = None  # who wants no warm-up has steps compile what they need
+        if self.engine.config.warmup:
+            self._samplers = Samplers(self.engine.runner, self.engine.scheduler.buckets, WARM_VARIANTS)
         self._deadline = time.monotonic() + step_timeout
         self._on_compile = self.engine.runner.on_compile
         self.engine.runner.on_compile = self._while_compiling
@@ -137,6 +142,7 @@ class AsyncLLM:
         text, tokens, salt = await self.in_worker(encode_prompt, prompt, self.engine.tokenizer)
         if params.structured_outputs is not None:  # compiled here, found by `add_request`
             await self.in_worker(self.engine.grammars.matcher, params.structured_outputs)
+        await self._prepare(params)
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
@@ -186,6 +192,12 @@ class AsyncLLM:
             return taken
 
         return await self.call(stop)
+
+    async def _prepare(self, params: SamplingParams) -> None:
+        """Has what the request needs compiled, if it is the first of its kind: others go on meanwhile."""
+        variant = request_variant(params)
+        if self._samplers is not None and not self._samplers.covers(variant):
+            await asyncio.wrap_future(self._samplers.prepare(variant))
 
     def _stream(self, request_id: str, kind: RequestOutputKind) -> Stream:
         return Stream(request_id, kind, self._streams.lock, self._forget)
@@ -276,6 +288,8 @@ class AsyncLLM:
         self.engine.runner.on_compile = self._on_compile
         self._fail_all(EngineDeadError("the engine was shut down."))
         self._workers.shutdown(wait=False, cancel_futures=True)
+        if self._samplers is not None:
+            self._samplers.close()
 
     # ------------------------------------------------------------------------------------- the engine's thread
 
@@ -399,6 +413,10 @@ class AsyncLLM:
 
     @contextlib.contextmanager
     def _while_compiling(self, key: tuple) -> Iterator[None]:
+        if threading.current_thread() is not self._thread:  # no step waits for it
+            with self._on_compile(key):
+                yield
+            return
         start = time.monotonic()
         self._deadline = start + COMPILE_TIMEOUT
         try:

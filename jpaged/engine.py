@@ -306,7 +306,7 @@ class LLMEngine:
         self._interrupted = False
         plan = self.scheduler.schedule()
         if plan is not None:
-            outputs += self._launch(plan)
+            outputs += self._launch(self.runner.widened(plan))
         if len(self._in_flight) > 1 or (self._in_flight and plan is None):
             outputs += self._commit()
         return outputs

@@ -143,9 +143,8 @@ def report(crowd: Crowd, health: list[float], left: dict) -> int:
     print("wrong       ", len(crowd.wrong), *crowd.wrong[:5], sep="\n  " if crowd.wrong else " ")
     for name, values in (("health", health), ("first token", crowd.first_tokens), ("gap", crowd.gaps)):
         ranked = sorted(values) or [0.0]
-        shown = ", ".join(
-            f"p{p:g} {ranked[min(len(ranked) - 1, int(len(ranked) * p / 100))]:.3f} s" for p in (50, 95, 99)
-        )
+        at = {p: ranked[min(len(ranked) - 1, len(ranked) * p // 100)] for p in (50, 95, 99)}
+        shown = ", ".join(f"p{p} {value:.3f} s" for p, value in at.items())
         print(f"{name:<12} {shown}, most {ranked[-1]:.3f} s ({len(values)})")
     print("left        ", left)
     held = any(value for name, value in left.items() if not name.startswith("memory"))

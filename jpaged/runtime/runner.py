@@ -107,6 +107,8 @@ class Runner:
         )
         self.on_compile: Callable[[tuple], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
+        self.on_missing: Callable[[Bucket, Variant], None] | None = None
+        """If set, steps take a wider sampler where there is one, and tell of the one that they lack."""
         self.capture: Capture | None = None
         """Activations that steps return from now on."""
         self.on_captured: Callable[[StepPlan, jax.Array], None] = lambda plan, captured: None
@@ -175,6 +177,23 @@ class Runner:
             jax.ShapeDtypeStruct((packed_size(n, variant.num_beam_candidates),), jnp.int32),
             jax.ShapeDtypeStruct((n, -(-self._vocab_size // 32)), jnp.uint32) if variant.structured else None,
         )
+
+    def widened(self, plan: StepPlan) -> StepPlan:
+        """The plan; if its sampler is not compiled and `on_missing` is set, with the least of those that do as much.
+
+        What a sampler does beyond what is asked for is neutral for all rows.
+        """
+        n, wanted = plan.bucket.num_results, plan.variant._replace(prompt_logprobs=False)
+        if self.on_missing is None or ("sample", n, wanted) in self._compiled:
+            return plan
+        fixed = (wanted.structured, wanted.num_beam_candidates)
+        known = [key[2] for key in list(self._compiled) if key[:2] == ("sample", n)]
+        wider = [v for v in known if v.covers(wanted) and (v.structured, v.num_beam_candidates) == fixed]
+        if not wider:
+            return plan
+        self.on_missing(plan.bucket, wanted)
+        least = min(wider, key=sum)
+        return dataclasses.replace(plan, variant=least._replace(prompt_logprobs=plan.variant.prompt_logprobs))
 
     def _compile(
         self, key: tuple, function: Callable, donated: tuple[int, ...], out_shardings: Any, *arguments: Any

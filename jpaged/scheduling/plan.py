@@ -75,6 +75,10 @@ class Variant(NamedTuple):
     def union(self, other: "Variant") -> "Variant":
         return Variant._make(max(a, b) for a, b in zip(self, other, strict=True))
 
+    def covers(self, other: "Variant") -> bool:
+        """Whether it does all that the other one does."""
+        return self.union(other) == self
+
 
 def variant_of(group: SequenceGroup) -> Variant:
     """What one request asks of the sampler."""
