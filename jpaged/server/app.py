@@ -1,27 +1,34 @@
 """The ASGI application: all endpoints, and what stands in front of them."""
 
 import os
+from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 
 import jpaged
 from jpaged.async_engine import AsyncLLM
-from jpaged.server import admin, chat, completions, embeddings, errors, requests, score, status, tokenize, ui
+from jpaged.server import admin, chat, completions, embeddings, errors, requests, score, status, tokenize, tracing, ui
 from jpaged.server.config import ServerConfig
 from jpaged.server.metrics import Metrics
 from jpaged.server.middleware import Guard, Limits, RequestIds
 from jpaged.server.protocol import ErrorResponse
 from jpaged.server.service import Service
 
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+
 _FAILURES = (400, 401, 404, 405, 408, 409, 413, 415, 431, 500, 503)
 
 
-def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
+def make_app(llm: AsyncLLM, config: ServerConfig, tracer_provider: "TracerProvider | None" = None) -> FastAPI:
     """The application around an engine, which stays the caller's to shut down.
 
+    Args:
+      tracer_provider: where OpenTelemetry spans go; None: where `config` says, if anywhere.
+
     Raises:
-      InvalidConfigError: see `Service`.
+      InvalidConfigError: see `Service`, `tracing.exporting_to`.
     """
     service = Service(llm, config)
     metrics = Metrics(llm, service.names[0])
@@ -51,6 +58,12 @@ def make_app(llm: AsyncLLM, config: ServerConfig) -> FastAPI:
     # The last one added stands in front: pages ask for CORS without a key.
     app.add_middleware(Limits, max_body_bytes=config.max_body_bytes)
     app.add_middleware(Guard, keys=api_keys(config))
+    if tracer_provider is None and config.otlp_traces_endpoint is not None:
+        tracer_provider = tracing.exporting_to(config.otlp_traces_endpoint)
+    if tracer_provider is not None:
+        service.tracing = tracing.Tracing(tracer_provider, service.names[0])
+        metrics.on_end = service.tracing.end
+        app.add_middleware(tracing.TraceHeaders)
     if config.enable_request_id_headers:
         app.add_middleware(RequestIds)
     if config.allowed_origins:

@@ -50,6 +50,8 @@ class ServerConfig:
     """How log lines are written: as text, or each as a JSON object."""
     slow_step: float = 5.0
     """Seconds from which on a step is logged as slow."""
+    otlp_traces_endpoint: str | None = None
+    """Where to send OpenTelemetry spans, over OTLP/HTTP: http://127.0.0.1:4318/v1/traces, say."""
     enable_admin_endpoints: bool = False
     """Offer /reset_prefix_cache, /pause, /resume and /abort_requests."""
     enable_ui: bool = False

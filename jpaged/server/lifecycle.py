@@ -23,6 +23,7 @@ from jpaged.errors import EngineDeadError, InvalidConfigError, SnapshotError
 from jpaged.server.config import ServerConfig
 from jpaged.server.durable import Durable
 from jpaged.server.metrics import Metrics
+from jpaged.server.service import Service
 
 log = logging.getLogger("jpaged.server")
 
@@ -88,7 +89,8 @@ class Server(uvicorn.Server):
         )
         self._llm, self._settings = llm, config
         self._metrics: Metrics = app.state.metrics
-        self._durable: Durable | None = app.state.service.durable
+        self._service: Service = app.state.service
+        self._durable: Durable | None = self._service.durable
         llm.on_death = self._take_death
         self.on_ready: Callable[[], None] = lambda: None
         """Called when connections are taken."""
@@ -120,6 +122,8 @@ class Server(uvicorn.Server):
         await self._llm.shutdown()
         if self._durable is not None:
             await self._durable.close()
+        if self._service.tracing is not None:
+            await asyncio.to_thread(self._service.tracing.close)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         if self._durable is not None:

@@ -4,7 +4,7 @@ Gauges and running totals are read from the engine when somebody asks; histogram
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
@@ -54,6 +54,8 @@ class Metrics:
         self._step_tokens = self._histogram("iteration_tokens_total", _STEP)
         self.prompt_tokens = self.generation_tokens = self.cached_tokens = 0
         self._succeeded: dict[str, int] = dict.fromkeys(("stop", "length", "abort", "error"), 0)
+        self.on_end: Callable[[RequestOutput, int], None] = lambda output, generated: None
+        """Called on the engine's thread with each request that has ended, and the tokens of all its samples."""
         self.recent = Recent(time.monotonic())
         self._last_token: dict[SequenceGroup, float] = {}
         self._groups: dict[str, SequenceGroup] = {}
@@ -122,6 +124,7 @@ class Metrics:
                 self.generation_tokens += generated
         self._prompt_lengths.observe(len(output.prompt_token_ids))
         self._generated_lengths.observe(generated)
+        self.on_end(output, generated)
         self._n.observe(len(output.outputs))
         times = output.metrics
         if times.finished_time is not None:

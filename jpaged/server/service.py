@@ -1,11 +1,12 @@
 """Service: what all handlers share, and a request's way from its fields to the engine's streams."""
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ from jpaged.structured.params import StructuredOutputsParams
 from jpaged.tokenization import Prompt, encode_prompt
 
 if TYPE_CHECKING:
+    from jpaged.server.tracing import Tracing
     from jpaged.tokenization import Tokenizer, TokensPrompt
 
 log = logging.getLogger("jpaged.server")
@@ -70,6 +72,7 @@ class Service:
         self.durable = None if config.snapshot_dir is None else Durable(llm, config)
         self.names = config.served_model_name or (llm.engine.config.model,)
         self.created = int(time.time())
+        self.tracing: Tracing | None = None
         self.in_flight = 0
         """Requests that have been accepted and not been answered to the end."""
         self.defaults: dict[str, Any] = {}
@@ -231,16 +234,14 @@ class Service:
                 tokens: TokensPrompt = {"prompt_token_ids": prompt.tokens, "cache_salt": request.cache_salt or ""}
                 if prompt.text is not None:
                     tokens["prompt"] = prompt.text
-                stream = await self.llm.submit(
-                    tokens,
-                    params,
-                    name,
-                    priority=request.priority,
-                    scored_from=prompt.scored_from,
-                    pooling=pooling,
-                    keep=entry is not None,
-                )
-                streams.append(stream)
+                options: dict[str, Any] = {
+                    "priority": request.priority,
+                    "scored_from": prompt.scored_from,
+                    "pooling": pooling,
+                    "keep": entry is not None,
+                }
+                with self._traced(name, params):
+                    streams.append(await self.llm.submit(tokens, params, name, **options))
             if self.durable is not None and entry is not None:
                 await self.durable.accepted(entry, streams)
         except BaseException:
@@ -271,6 +272,17 @@ class Service:
             stream.close()
         if self.durable is not None:
             self.durable.left([stream.request_id for stream in streams])
+
+    @contextlib.contextmanager
+    def _traced(self, request_id: str, params: SamplingParams) -> Iterator[None]:
+        """Tells the tracing, if there is one, of a request that is taken."""
+        begun = None if self.tracing is None else self.tracing.begin(request_id, params)
+        try:
+            yield
+        except BaseException:
+            if self.tracing is not None and begun is not None:
+                self.tracing.forget(request_id, begun)
+            raise
 
 
 def _kind_of(request: Generation) -> RequestOutputKind:

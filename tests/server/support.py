@@ -50,7 +50,7 @@ class Live:
 
 
 @contextlib.contextmanager
-def serving(engine, key: str | None = None, *, drains: bool = True, **settings) -> Iterator[Live]:
+def serving(engine, key: str | None = None, *, drains: bool = True, tracer_provider=None, **settings) -> Iterator[Live]:
     """Serves an engine until the block ends; then it holds no block.
 
     Args:
@@ -64,7 +64,7 @@ def serving(engine, key: str | None = None, *, drains: bool = True, **settings) 
         step_timeout=config.step_timeout,
     )
     sock = bind(config)
-    app = make_app(llm, config)
+    app = make_app(llm, config, tracer_provider)
     server = Server(app, llm, config)
     live = Live(llm, address_of(sock, config), key)
     live.durable = app.state.service.durable

@@ -1,0 +1,45 @@
+"""docs/grafana.json asks for what /metrics has, and for nothing else."""
+
+import json
+import re
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.support import serving
+
+DASHBOARD = json.loads((Path(__file__).parent.parent.parent / "docs" / "grafana.json").read_text())
+
+
+def test_every_query_names_what_there_is(tiny):
+    with serving(tiny(enable_prefix_caching=False)) as live:
+        live.post("/v1/completions", prompt="a", max_tokens=3, ignore_eos=True)
+        families = list(text_string_to_metric_families(live.http.get("/metrics").text))
+    labels = {sample.name: set(sample.labels) for family in families for sample in family.samples}
+    queries = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    queries += [one["query"] for one in DASHBOARD["templating"]["list"] if one["type"] == "query"]
+    assert len(queries) >= 30
+    asked = set()
+    for query in queries:
+        names = re.findall(r"jpaged:\w+", query)
+        assert names, query
+        for name in names:
+            assert name in labels, f"{name} is not in /metrics"
+            for label in re.findall(r"by \((\w+)\)|(\w+)=~|, (\w+)\)$", query):
+                assert set(label) - {""} <= labels[name], query
+        asked |= set(names)
+    families_asked = {re.sub(r"_(total|bucket|count|sum)$", "", name) for name in asked}
+    there = {re.sub(r"_total$", "", family.name) for family in families if not family.name.endswith("_created")}
+    unasked = there - families_asked
+    assert unasked <= {"jpaged:cache_config_info", "jpaged:cache_config", "jpaged:request_params_n"}
+
+
+def test_panels_have_places_of_their_own():
+    taken = set()
+    for panel in DASHBOARD["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert not cells & taken
+        assert max(x for x, _ in cells) < 24
+        taken |= cells
+    assert len({panel["id"] for panel in DASHBOARD["panels"]}) == len(DASHBOARD["panels"])
