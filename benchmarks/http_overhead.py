@@ -36,7 +36,6 @@ def main() -> None:
         "max_model_len": args.max_model_len,
         "num_gpu_blocks_override": args.max_num_seqs * args.max_model_len // 16,
         "enable_prefix_caching": False,  # the same prompts come again
-        "warmup": False,
     }
     random = np.random.default_rng(0)
     asks = random_asks(args.num_prompts, args.input_len, args.output_len, 0.5, text=False, random=random)
