@@ -10,18 +10,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import dataclasses
-import functools
-import logging
-import queue
-import threading
-import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
-from jpaged import logs
 from jpaged.config import EngineConfig
 from jpaged.engine import InFlight, LLMEngine
+from jpaged.engine_thread import EngineThread
 from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.runtime.samplers import Samplers, request_variant
@@ -31,13 +26,6 @@ from jpaged.snapshots import Snapshot
 from jpaged.startup import WARM_VARIANTS
 from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
-
-log = logging.getLogger("jpaged")
-
-COMPILE_TIMEOUT = 900.0
-"""Seconds that a step may take while it compiles a program."""
-_BEAT = 1.0
-"""Seconds after which the engine's thread shows that it lives when there is nothing to do."""
 
 
 class AsyncLLM:
@@ -77,25 +65,14 @@ class AsyncLLM:
         self.num_rejected = 0
         """Requests that found the queue full."""
         self._max_reqs, self._max_tokens = max_num_queued_reqs, max_num_queued_tokens
-        self._step_timeout, self._slow_step = step_timeout, slow_step
-        self._compiled = 0.0  # seconds that the engine's thread has spent on it
         self._streams = Streams()
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of what follows, and of putting commands into the queue
-        self._failure: EngineDeadError | None = None
-        self._stopping = threading.Event()
-        self._paused = False
         self._workers = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="jpaged-tokenizer")
         self._samplers: Samplers | None = None  # who wants no warm-up has steps compile what they need
         if self.engine.config.warmup:
             self._samplers = Samplers(self.engine.runner, self.engine.scheduler.buckets, WARM_VARIANTS)
-        self._deadline = time.monotonic() + step_timeout
-        self._on_compile = self.engine.runner.on_compile
-        self.engine.runner.on_compile = self._while_compiling
-        # Daemons: a step that is stuck can't be ended, and must not keep the process.
-        self._thread = threading.Thread(target=self._run, name="jpaged-engine", daemon=True)
-        self._thread.start()
-        threading.Thread(target=self._watch, name="jpaged-watchdog", daemon=True).start()
+        self._thread = EngineThread(
+            self.engine, self._deliver, self._died, step_timeout=step_timeout, slow_step=slow_step
+        )
 
     # ---------------------------------------------------------------------------------------------- requests
 
@@ -186,7 +163,7 @@ class AsyncLLM:
         """Stops computing, takes what `take` wants to keep of the engine, and ends every stream with an error."""
 
         def stop(engine: LLMEngine) -> T:
-            self._paused = True
+            self._thread.paused = True
             taken = take(engine)
             self._streams.fail_all(error)
             return taken
@@ -208,8 +185,7 @@ class AsyncLLM:
 
     def drop(self, request_ids: list[str]) -> None:
         """Aborts requests, and does not wait for it. Nobody needs to read them any more."""
-        with contextlib.suppress(EngineDeadError):
-            self._send(lambda: self.engine.abort(request_ids))
+        self._thread.tell(lambda: self.engine.abort(request_ids))
 
     async def abort_all(self) -> None:
         """Ends every request, as `abort` does."""
@@ -224,21 +200,19 @@ class AsyncLLM:
 
     async def pause(self) -> None:
         """Stops computing after the step that is running; requests wait, new ones are taken."""
-        await self.call(lambda engine: setattr(self, "_paused", True))
+        await self.call(lambda engine: setattr(self._thread, "paused", True))
 
     async def resume(self) -> None:
         """Goes on after `pause`."""
-        await self.call(lambda engine: setattr(self, "_paused", False))
+        await self.call(lambda engine: setattr(self._thread, "paused", False))
 
     async def call[T](self, function: Callable[[LLMEngine], T]) -> T:
         """Runs a function on the engine's thread, between two steps, and returns what it returns."""
-        done: concurrent.futures.Future[T] = concurrent.futures.Future()
-        self._send(functools.partial(self._execute, function, done))
-        return await asyncio.wrap_future(done)
+        return await asyncio.wrap_future(self._thread.call(function))
 
     async def in_worker[T](self, function: Callable[..., T], *arguments: Any) -> T:
         """Runs what would keep the event loop (tokenising, templates) on a thread of the pool."""
-        self._check_alive()
+        self._thread.check_alive()
         return await asyncio.get_running_loop().run_in_executor(self._workers, function, *arguments)
 
     def _forget(self, stream: Stream) -> None:
@@ -248,8 +222,7 @@ class AsyncLLM:
             if self._streams.leave(stream):
                 self.engine.abort(stream.request_id)
 
-        with contextlib.suppress(EngineDeadError):  # then there is nothing to abort
-            self._send(drop)
+        self._thread.tell(drop)
 
     @property
     def num_unfinished_requests(self) -> int:
@@ -260,92 +233,34 @@ class AsyncLLM:
     @property
     def failure(self) -> EngineDeadError | None:
         """Why the engine is dead; None while it lives."""
-        return self._failure
+        return self._thread.failure
 
     @property
     def is_healthy(self) -> bool:
         """Whether the engine's thread has ended a step (or found nothing to do) within the last `step_timeout`."""
-        return self._failure is None and not self._stopping.is_set() and time.monotonic() < self._deadline
+        return self._thread.is_healthy
 
     async def shutdown(self, drain: float = 0.0) -> None:
         """Waits up to `drain` seconds for running requests, aborts the others and stops the threads."""
         with contextlib.suppress(EngineDeadError):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain):
-                    while self._streams and self._failure is None:
+                    while self._streams and self.failure is None:
                         await asyncio.sleep(0.02)
             await self.abort_all()
-            while self._streams and self._failure is None:
+            while self._streams and self.failure is None:
                 await asyncio.sleep(0.02)
         await asyncio.to_thread(self.close)
 
     def close(self) -> None:
         """Stops the engine's thread after the step that is running; readers that are left get an EngineDeadError."""
-        with self._lock:
-            self._stopping.set()
-        self._commands.put(None)
-        self._thread.join(self._step_timeout if self._failure is None else 1.0)
-        self.engine.runner.on_compile = self._on_compile
-        self._fail_all(EngineDeadError("the engine was shut down."))
+        self._thread.close()
+        self._streams.fail_all(EngineDeadError("the engine was shut down."))
         self._workers.shutdown(wait=False, cancel_futures=True)
         if self._samplers is not None:
             self._samplers.close()
 
-    # ------------------------------------------------------------------------------------- the engine's thread
-
-    def _run(self) -> None:
-        try:
-            while self._take_commands():
-                if self.engine.has_unfinished_requests() and not self._paused:
-                    self._deliver(self._step())
-        except BaseException as error:
-            dead = error if isinstance(error, EngineDeadError) else EngineDeadError(f"{type(error).__name__}: {error}")
-            self._die(dead)
-
-    def _step(self) -> list[RequestOutput]:
-        start, compiled = time.monotonic(), self._compiled
-        outputs = self.engine.step()
-        seconds = time.monotonic() - start
-        if seconds > self._slow_step:
-            logs.report(
-                log,
-                "slow_step",
-                level=logging.WARNING,
-                seconds=round(seconds, 3),
-                compiling=round(self._compiled - compiled, 3),
-                running=len(self.engine.scheduler.running),
-                waiting=self.engine.scheduler.num_waiting,
-            )
-        return outputs
-
-    def _take_commands(self) -> bool:
-        """Runs what has been asked for; waits if there is nothing to compute. False: the thread shall end."""
-        while True:
-            self._deadline = time.monotonic() + self._step_timeout
-            if self._failure is not None:  # the watchdog gave up, and the step came back after all
-                return False
-            idle = self._paused or not self.engine.has_unfinished_requests()
-            try:
-                for _ in range(max(1, self._commands.qsize())):  # no more: a flood must not keep the engine
-                    command = self._commands.get(block=idle, timeout=_BEAT if idle else None)
-                    if command is None:
-                        return False
-                    command()
-                    self._deliver(self.engine.take_aborted())  # at once: its id may be used again by the next one
-                    idle = False
-            except queue.Empty:
-                pass
-            if not self._paused and self.engine.has_unfinished_requests():
-                return True
-
-    def _execute(self, function: Callable[[LLMEngine], Any], done: concurrent.futures.Future) -> None:
-        if not done.set_running_or_notify_cancel():
-            return
-        try:
-            self._check_alive()
-            done.set_result(function(self.engine))
-        except Exception as error:
-            done.set_exception(error)
+    # ------------------------------------------------------------------------------------- on the engine's thread
 
     def _add(
         self, engine: LLMEngine, stream: Stream, prompt: Prompt, params: SamplingParams, keep: bool, **options: Any
@@ -375,53 +290,6 @@ class AsyncLLM:
             listen(outputs)
         self.engine.abort(self._streams.deliver(outputs))
 
-    # --------------------------------------------------------------------------------------------------- death
-
-    def _send(self, command: Callable[[], None]) -> None:
-        with self._lock:
-            self._check_alive()
-            self._commands.put(command)
-
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise EngineDeadError(str(self._failure)) from self._failure
-        if self._stopping.is_set():
-            raise EngineDeadError("the engine was shut down.")
-
-    def _die(self, error: EngineDeadError) -> None:
-        with self._lock:
-            if self._failure is not None or self._stopping.is_set():
-                return
-            self._failure = error
-        log.error("engine_dead", exc_info=error, extra={"fields": {"reason": str(error)}})
+    def _died(self, error: EngineDeadError) -> None:
         self.on_death(error)
-        self._fail_all(error)
-
-    def _fail_all(self, error: EngineDeadError) -> None:
-        """Fails every request and every command that is waiting; none can come after."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                command = self._commands.get_nowait()
-                if command is not None and isinstance(command, functools.partial):
-                    command()  # an `_execute`, which finds the engine dead
         self._streams.fail_all(error)
-
-    def _watch(self) -> None:
-        while not self._stopping.wait(min(_BEAT, self._step_timeout / 4)):
-            if self._failure is None and time.monotonic() > self._deadline:
-                self._die(EngineDeadError(f"a step has not ended for {self._step_timeout:g} s: the engine is stuck."))
-
-    @contextlib.contextmanager
-    def _while_compiling(self, key: tuple) -> Iterator[None]:
-        if threading.current_thread() is not self._thread:  # no step waits for it
-            with self._on_compile(key):
-                yield
-            return
-        start = time.monotonic()
-        self._deadline = start + COMPILE_TIMEOUT
-        try:
-            with self._on_compile(key):
-                yield
-        finally:
-            self._compiled += time.monotonic() - start
-            self._deadline = time.monotonic() + self._step_timeout

@@ -12,7 +12,9 @@ from jpaged.errors import SnapshotError
 from jpaged.server.config import ServerConfig
 from jpaged.server.durable import MAX_DEATHS, Durable
 from jpaged.server.positions import Position, parse
+from tests.server.conftest import TEMPLATE
 from tests.server.support import serving
+from tests.server.test_tools import FORCED
 
 BODY = {"prompt": "Once upon a time", "max_tokens": 60, "temperature": 0.9, "seed": 5, "ignore_eos": True}
 NAME = {"X-Request-Id": "mine"}
@@ -55,7 +57,7 @@ def pause_at(live, count):
 
     def look(outputs):
         if any(len(output.outputs[0].token_ids) == count for output in outputs):
-            live.llm._paused = True  # on its own thread
+            live.llm._thread.paused = True  # on its own thread
 
     live.llm.on_outputs.append(look)
 
@@ -263,3 +265,49 @@ def test_what_engines_fail_under_again_and_again_is_given_up(tiny, tmp_path):
     with serving(tiny(enable_prefix_caching=False), **settings) as live:
         answer = live.http.get("/v1/requests/mine", params={"stream": False})
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "aborted")
+
+
+def test_a_chat_with_tool_calls_goes_on(tiny, tmp_path):
+    """Cut after some of its events, that with the call among them; with OpenAI's client, too."""
+    engine = tiny(enable_prefix_caching=False)
+    before = engine.tokenizer.chat_template
+    (tmp_path / "t.jinja").write_text(TEMPLATE)
+    asked = {"tools": [FORCED], "tool_choice": "required", "parallel_tool_calls": False}
+    body = {"messages": [{"role": "user", "content": "x"}], **asked, "seed": 1, "max_tokens": 150, "stream": True}
+    body |= {"logprobs": True, "return_token_ids": True, "temperature": 0.5}
+    with serving(engine, chat_template=str(tmp_path / "t.jinja"), snapshot_dir=str(tmp_path / "state")) as live:
+
+        def choices(method, path, stop_after=None, **request):
+            with live.http.stream(method, path, **request) as answer:
+                for count, (event_id, data) in enumerate(events_of(answer.iter_lines()), 1):
+                    yield event_id, data["choices"][0]
+                    if count == stop_after or (stop_after == "call" and "tool_calls" in data["choices"][0]["delta"]):
+                        return
+
+        def merged(parts):
+            deltas = [choice["delta"] for _, choice in parts]
+            content = "".join(delta.get("content") or "" for delta in deltas)
+            tokens = [token for _, choice in parts for token in choice.get("token_ids", [])]
+            positions = [at for _, choice in parts for at in (choice["logprobs"] or {"content": []})["content"]]
+            return content, tokens, positions, [call for delta in deltas for call in delta.get("tool_calls", [])]
+
+        whole = list(choices("POST", "/v1/chat/completions", json=body, headers={"X-Request-Id": "whole"}))
+        content, tokens, positions, calls = merged(whole)
+        assert len(tokens) == len(positions) > 5
+        assert [call["function"]["name"] for call in calls] == ["weather"]
+        for cut in (cuts := [1, 2, 7, "call", None]):
+            name = {"X-Request-Id": f"cut-{cut}"}
+            first = list(choices("POST", "/v1/chat/completions", cut, json=body, headers=name))
+            last = {"Last-Event-ID": first[-1][0]} if first[-1][0] else {}
+            rest = list(choices("GET", f"/v1/requests/cut-{cut}", headers=last))
+            got = merged([*first, *rest])
+            assert got[:3] == (content, tokens, positions)
+            assert [call["function"] for call in got[3]] == [call["function"] for call in calls]
+            assert rest[-1][1]["finish_reason"] == "tool_calls"
+        stream = live.openai.chat.completions.create(
+            model="tiny", messages=body["messages"], **asked, stream=True, extra_headers={"X-Request-Id": "client"}
+        )
+        assert [chunk.id for chunk in stream][-1] == "chatcmpl-client"
+        for request in ("client", "whole", *(f"cut-{cut}" for cut in cuts)):
+            assert live.http.delete(f"/v1/requests/{request}").status_code == 200
+    engine.tokenizer.chat_template = before
