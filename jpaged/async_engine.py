@@ -119,7 +119,7 @@ class AsyncLLM:
         text, tokens, salt = await self.in_worker(encode_prompt, prompt, self.engine.tokenizer)
         if params.structured_outputs is not None:  # compiled here, found by `add_request`
             await self.in_worker(self.engine.grammars.matcher, params.structured_outputs)
-        await self._prepare(params)
+        await asyncio.wrap_future(self.prepare(params))
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
@@ -170,11 +170,13 @@ class AsyncLLM:
 
         return await self.call(stop)
 
-    async def _prepare(self, params: SamplingParams) -> None:
-        """Has what the request needs compiled, if it is the first of its kind: others go on meanwhile."""
-        variant = request_variant(params)
+    def prepare(self, params: SamplingParams) -> concurrent.futures.Future[None]:
+        """Has what requests like this one need compiled, beside the steps. `submit` does so too, and waits for it."""
+        variant, nothing = request_variant(params), concurrent.futures.Future[None]()
         if self._samplers is not None and not self._samplers.covers(variant):
-            await asyncio.wrap_future(self._samplers.prepare(variant))
+            return self._samplers.prepare(variant)
+        nothing.set_result(None)
+        return nothing
 
     def _stream(self, request_id: str, kind: RequestOutputKind) -> Stream:
         return Stream(request_id, kind, self._streams.lock, self._forget)

@@ -82,7 +82,7 @@ class Service:
             if known.get("do_sample") is False:
                 self.defaults["temperature"] = 0.0
             try:
-                SamplingParams(**self.defaults)
+                llm.prepare(SamplingParams(**self.defaults))  # most requests will be like that
             except InvalidRequestError as error:
                 raise InvalidConfigError(
                     f"the model's generation_config: {error} Use generation_config=none."
