@@ -29,8 +29,11 @@ class Device:
     """Of an NVIDIA GPU, as JAX calls it: "NVIDIA H200"."""
 
 
-INTERPRETER = Device("cuda", 100)
-"""Interpreted kernels take whatever the newest device takes."""
+INTERPRETED = {"triton": Device("cuda", 100), "mosaic": Device("cuda", 90)}
+"""Interpreted kernels take whatever the newest device takes that they are for."""
+
+_MOSAIC = ("paged_decode_attention",)
+"""Operations that Mosaic GPU has; where it is asked for, the others are Triton's."""
 
 # Kinds of the abstract devices that one compiles for without having them; a real device tells its capability itself.
 _CAPABILITIES = {
@@ -75,7 +78,7 @@ def requested(implementation: str | None) -> str:
 
 
 def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:
-    """The function that runs an operation of a package of kernels, whose modules `xla` and `triton` each have it.
+    """The function that runs an operation of a package of kernels, whose modules `xla` and `triton` each have it, and some `mosaic`.
 
     An implementation asked for by name runs interpreted where there is no GPU. Pallas is imported when it is wanted: it
     takes a third of a second.
@@ -91,11 +94,14 @@ def implementation(package: str, operation: str, asked: str | None, *arguments: 
     name, device = requested(asked), current_device()
     if name == "xla" or (name == "auto" and device.platform != "cuda"):
         return getattr(importlib.import_module(f"{package}.xla"), operation)
-    kernels = importlib.import_module(f"{package}.triton")
+    backend = "mosaic" if name == "mosaic" and operation in _MOSAIC else "triton"
+    kernels = importlib.import_module(f"{package}.{backend}")
     interpret = device.platform != "cuda"
-    reason = kernels.unsupported(*arguments, INTERPRETER if interpret else device)
+    reason = kernels.unsupported(*arguments, INTERPRETED[backend] if interpret else device)
     if reason and name == "auto":
         return getattr(importlib.import_module(f"{package}.xla"), operation)
     if reason:
-        raise ValueError(f"{operation} in Triton {reason}: leave the implementation to be chosen, or ask for xla")
+        raise ValueError(
+            f"{operation} in {backend.capitalize()} {reason}: leave the implementation to be chosen, or ask for xla"
+        )
     return functools.partial(getattr(kernels, operation), interpret=interpret)

@@ -54,11 +54,11 @@ CASES: dict[str, tuple[str, int, int, int, str | None]] = {  # dtype, heads, KV 
 }
 
 
-def loops(heads: int, kv_heads: int, size: int, q: jax.ShapeDtypeStruct, kv: Any) -> list[Loop]:
+def loops(heads: int, kv_heads: int, size: int, q: jax.ShapeDtypeStruct, kv: Any, capability: int) -> list[Loop]:
     """The loops of the three attention kernels."""
     values = pool_values(kv)
     token = 2 * (size * values.dtype.itemsize + (4 if isinstance(kv, QuantizedKV) else 0))
-    decode, prefill = decode_tiles(size, q.dtype.itemsize), prefill_tiles(size, q.dtype.itemsize)
+    decode, prefill = decode_tiles(size, q.dtype.itemsize), prefill_tiles(size, q.dtype.itemsize, capability)
     options = {"scale": 1.0, "window": None, "cap": None}
     kinds: list[tuple[str, Tiles, int]] = [
         ("paged_decode", decode, 1),
@@ -112,7 +112,7 @@ def rows_of(name: str, target: Target) -> list[dict[str, Any]]:
         case = attention(operation, dtype, heads, kv_heads, size, pool, shared=True)
         program = deviceless.compile_for(target, case.function, *case.arguments, count=case.kernels)
         shared_memory = {launch.name: launch.shared_memory for launch in program.launches}
-        for loop in loops(heads, kv_heads, size, *case.arguments[:2]):
+        for loop in loops(heads, kv_heads, size, *case.arguments[:2], 10 * target.capability[0]):
             if loop.kernel in wanted:
                 kernel = program.kernels[loop.kernel]
                 about = {"kernel": loop.kernel, "model": name, "target": target.architecture}

@@ -71,7 +71,7 @@ def run(recorder: Recorder, _: str, folder: Path = tuned.FOLDER) -> None:
                     raise RuntimeError("not timed")
                 return row["us"]
 
-            start = tuned.DEFAULTS[operation](size, 2)
+            start = tuned.default_tiles(operation, size, 2)
             chosen = search(start, {"num_stages": (2,)} if dry else choices, time)
             found[operation, size, 2] = chosen
     kind = current_device().kind

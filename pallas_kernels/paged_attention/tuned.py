@@ -14,7 +14,6 @@ from pallas_kernels.dispatch import current_device
 from pallas_kernels.paged_attention.tiles import Tiles, decode_tiles, prefill_tiles
 
 FOLDER = Path(__file__).parent.parent / "tuned"
-DEFAULTS = {"decode": decode_tiles, "prefill": prefill_tiles}
 
 Key = tuple[str, int, int]
 """Operation, head size, bytes of a query's number."""
@@ -24,7 +23,14 @@ def tiles_for(operation: str, head_size: int, itemsize: int) -> Tiles:
     """Tiles of "decode" or "prefill" on the device that is traced for."""
     kind = current_device().kind
     known = read(file_of(kind)) if kind else {}
-    return known.get((operation, head_size, itemsize)) or DEFAULTS[operation](head_size, itemsize)
+    return known.get((operation, head_size, itemsize)) or default_tiles(operation, head_size, itemsize)
+
+
+def default_tiles(operation: str, head_size: int, itemsize: int) -> Tiles:
+    """Tiles where nothing was measured."""
+    if operation == "decode":
+        return decode_tiles(head_size, itemsize)
+    return prefill_tiles(head_size, itemsize, current_device().capability)
 
 
 def file_of(kind: str, folder: Path = FOLDER) -> Path:

@@ -19,7 +19,7 @@ KERNEL = Kernel(
 
 def loops_of(heads, kv_heads, pool=None):
     case = attention("decode", "bfloat16", heads, kv_heads, 128, pool)
-    return {loop.kernel: loop for loop in loops(heads, kv_heads, 128, *case.arguments[:2])}
+    return {loop.kernel: loop for loop in loops(heads, kv_heads, 128, *case.arguments[:2], 90)}
 
 
 def test_bytes_and_rows():

@@ -45,6 +45,16 @@ def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
     assert kernels_in(prefill, aval((rows, 16, 2 * group, size), dtype), kv, tables, row, row) == 1
 
 
+@pytest.mark.parametrize("size", [64, 128])
+def test_mosaic_is_lowered_where_it_is_asked_for(size):
+    aval, rows = jax.ShapeDtypeStruct, 4
+    kv, row = aval(pool_shape(100, 16, 2, size), "bfloat16"), aval((rows,), "int32")
+    decode = functools.partial(paged_decode_attention, **OPTIONS, implementation="mosaic")
+    with jax.sharding.use_abstract_mesh(GPU):
+        traced = jax.jit(decode).trace(aval((rows, 6, size), "bfloat16"), kv, aval((rows, 100), "int32"), row)
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+
+
 def test_a_head_size_without_a_kernel_falls_back(monkeypatch):
     monkeypatch.delenv("JPAGED_KERNELS", raising=False)
     aval = jax.ShapeDtypeStruct

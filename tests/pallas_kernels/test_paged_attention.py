@@ -54,6 +54,10 @@ XLA_CASES = {
     "latents": Case(7, 8, 1, 40, 8, 40, parts=1),
     "latents of two heads, int8, all at once": Case(7, 6, 2, 24, 8, 20, 30, 20.0, sinks=True, pool="int8", parts=1),
 }
+MOSAIC_CASES = {  # slow to interpret
+    "all at once": Case(4, 4, 2, 64, 16, 9, window=70, cap=20.0, sinks=True, dtype="bfloat16"),
+    "MHA, head size 128, blocks of 8": Case(3, 2, 2, 128, 8, 10, dtype="float16"),
+}
 RUNS = [(name, "xla") for name in CASES | XLA_CASES] + [(name, "triton") for name in CASES]
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
@@ -71,7 +75,7 @@ class Made(NamedTuple):
 
 def make(case: str, tile: int = 1, seed: int = 0) -> Made:
     """A pool of noise, tables without shared blocks, and lengths at every edge: 0, 1, block - 1, block, block + 1, full."""
-    c = (CASES | XLA_CASES)[case]
+    c = (CASES | XLA_CASES | MOSAIC_CASES)[case]
     rng = np.random.default_rng(seed)
     count = c.rows * c.width + 1
     kv = jnp.asarray(rng.standard_normal(pool_shape(count, c.block, c.kv_heads, c.size, c.parts)), c.dtype)
@@ -117,6 +121,16 @@ def test_decode(case, implementation):
     oracle = paged_attention(
         made.q, made.oracle_kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options
     )
+    check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
+
+
+@pytest.mark.parametrize("case", MOSAIC_CASES)
+def test_decode_in_mosaic(case):
+    """Splits of one tile, so that rows have several partial results."""
+    made = make(case)
+    got = decode(made, return_lse=True, split_tokens=64, implementation="mosaic")
+    real = (made.lengths > 0).astype(np.int32)
+    oracle = paged_attention(made.q, made.kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options)
     check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
 
 
@@ -302,5 +316,7 @@ def test_implementations_by_name(monkeypatch):
     with pytest.raises(ValueError, match="no head size 33"):
         decode(made)
     decode(made, implementation="xla")  # the argument comes before the environment
+    with pytest.raises(ValueError, match="in Mosaic reads pools of bfloat16 or float16"):
+        decode(made, implementation="mosaic")
     with pytest.raises(ValueError, match="keys that are values too"):
         decode(make("latents"), implementation="triton")

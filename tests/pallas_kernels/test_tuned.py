@@ -30,7 +30,7 @@ def test_a_file_is_taken_on_its_gpu_alone(tmp_path, monkeypatch):
     with gpu("NVIDIA H200"):
         assert tuned.tiles_for("decode", 128, 2) == START
         assert tuned.tiles_for("prefill", 64, 2) == START
-        assert tuned.tiles_for("prefill", 128, 2) == prefill_tiles(128, 2)
+        assert tuned.tiles_for("prefill", 128, 2) == prefill_tiles(128, 2, 90)
     with gpu("NVIDIA A100-SXM4-80GB"):
         assert tuned.tiles_for("decode", 128, 2) == decode_tiles(128, 2)
     assert tuned.tiles_for("decode", 128, 2) == decode_tiles(128, 2), "interpreted, there is no GPU"
