@@ -78,7 +78,7 @@ def requested(implementation: str | None) -> str:
 
 
 def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:
-    """The function that runs an operation of a package of kernels, whose modules `xla` and `triton` each have it, and some `mosaic`.
+    """The function that runs an operation of a package: modules `xla` and `triton` have it, in some `mosaic` too.
 
     An implementation asked for by name runs interpreted where there is no GPU. Pallas is imported when it is wanted: it
     takes a third of a second.

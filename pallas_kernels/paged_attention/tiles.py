@@ -33,9 +33,9 @@ def prefill_tiles(head_size: int, itemsize: int, capability: int) -> Tiles:
     """Tiles of prefill attention, where tensor cores count: 128 rows are two warp groups of 64, the wgmma's height.
 
     The output of 128 x 128 in float32 takes 64 registers of each of 256 threads and the scores of 64 tokens 32 more.
-    With a head size of 256 half the rows keep the output in registers. Two stages on Hopper, because with three Triton's
-    pipeline makes ptxas wait for each wgmma ("instructions are serialized"), at the same shared memory; elsewhere
-    three, because with two some shapes spill.
+    With a head size of 256 half the rows keep the output in registers. Two stages on Hopper, because with three ptxas
+    waits for each wgmma ("instructions are serialized"), at the same shared memory; elsewhere three, because with two
+    some shapes spill.
     """
     if itemsize == 4:  # exact float32 products run on no tensor core
         return Tiles(rows=32, tokens=16, num_warps=4, num_stages=2)  # larger ones spill registers
