@@ -22,6 +22,7 @@ from checkpoints.errors import (
 )
 from checkpoints.loader import SHORT_NAMES, Checkpoint, load, read_config
 from checkpoints.saver import FORMATS, save
+from checkpoints.trees import to_linen
 
 __all__ = [
     "FORMATS",
@@ -38,4 +39,5 @@ __all__ = [
     "load",
     "read_config",
     "save",
+    "to_linen",
 ]

@@ -24,26 +24,14 @@ from checkpoints.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
-    UnsupportedCheckpointError,
 )
-from checkpoints.layout_tables import ANCHORS, detect
-from checkpoints.layouts import Layout, Link, Same, by_key, stored_shapes
-from checkpoints.leaves import check_tensors
+from checkpoints.layouts import Layout, Link, Same, by_key
 from checkpoints.placement import Index, Target, held_bytes, place
+from checkpoints.trees import Keys, below_anchor, flatten, layout_of, put
 from jpaged.models.config import ModelConfig
 
 _MARK = "_CHECKPOINT_METADATA"
 _ITEM = "_METADATA"
-_WRAPPERS = {"params", "model", "base", "state", "model_params", "transformer"}
-"""What a parameter tree may be wrapped in; optimizer states hold trees that look the same."""
-
-_BESIDE = {"rngs", "vision_encoder", "SigLiPFromPatches_0"}
-"""What may lie in a parameter tree that is no part of a language model."""
-
-_FUSED = ("gating_einsum", "linear")  # DeepMind's flat trees have another `w` below these
-
-Keys = tuple[Any, ...]
-"""Keys from the root of a tree to a leaf."""
 
 
 @dataclass(frozen=True)
@@ -97,20 +85,9 @@ class OrbaxParams:
     @cached_property
     def _opened(self) -> tuple[str, Layout, Mapping[tuple[str, ...], Stored]]:
         """The layout's name, its table, and what is stored under its keys."""
-        stored = _below_anchor(self._checkpoint, _metadata(self._checkpoint))
-        name, layout = detect(self._config, {key: array.shape for key, array in stored.items()})
-        found = {key: array.shape for key, array in stored.items()}
-        for link in layout:
-            if link.padded is not None and link.key in found:
-                whole, shape = stored_shapes([link])[link.key], list(found[link.key])
-                if len(shape) == len(whole):
-                    shape[link.padded] = min(shape[link.padded], whole[link.padded])
-                found[link.key] = tuple(shape)
-        check_tensors(
-            f"{self._checkpoint} ({name})",
-            {"/".join(key): shape for key, shape in stored_shapes(layout).items()},
-            {"/".join(key): shape for key, shape in found.items()},
-        )
+        stored = below_anchor(self._checkpoint, {array.keys: array for array in _metadata(self._checkpoint)})
+        shapes = {key: array.shape for key, array in stored.items()}
+        name, layout = layout_of(self._config, shapes, self._checkpoint)
         return name, layout, stored
 
     @property
@@ -150,7 +127,7 @@ class OrbaxParams:
                     meter.advance(held_bytes(link.shape, target.dtype), "/".join(link.path))
         params: dict[str, Any] = {}
         for link in layout:
-            _put(params, link.path, made[link.path])
+            put(params, link.path, made[link.path])
         return params
 
 
@@ -198,7 +175,7 @@ def _metadata(checkpoint: Path) -> list[Stored]:
             tree = v1.metadata(checkpoint.absolute()).metadata
     except Exception as error:  # whatever Orbax, TensorStore and json raise
         raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read its metadata ({_first_line(error)})") from error
-    arrays = [(path, leaf) for path, leaf in _flatten(tree) if getattr(leaf, "shape", None) is not None]
+    arrays = [(path, leaf) for path, leaf in flatten(tree) if getattr(leaf, "shape", None) is not None]
     if not arrays:
         raise CorruptCheckpointError(f"{checkpoint}: Orbax finds no arrays in it; was it saved to the end?")
     return [Stored(path, tuple(leaf.shape), np.dtype(leaf.dtype)) for path, leaf in arrays]
@@ -210,7 +187,7 @@ def _load(checkpoint: Path, wanted: Sequence[Stored]) -> dict[Keys, NDArray]:
 
     abstract: dict[Any, Any] = {}
     for array in wanted:  # a NumPy array asks for a NumPy array; this one takes no memory
-        _put(abstract, array.keys, np.broadcast_to(np.zeros((), array.dtype), array.shape))
+        put(abstract, array.keys, np.broadcast_to(np.zeros((), array.dtype), array.shape))
     context = v1.Context()
     context.pytree.loading.partial_load = True
     try:
@@ -226,51 +203,6 @@ def _load(checkpoint: Path, wanted: Sequence[Stored]) -> dict[Keys, NDArray]:
             f"{checkpoint}: Orbax did not read {', '.join('/'.join(map(str, keys)) for keys in hollow)}"
         )
     return found
-
-
-def _below_anchor(checkpoint: Path, stored: Sequence[Stored]) -> dict[tuple[str, ...], Stored]:
-    """The arrays of the parameter tree by their paths in it; it is found by where its embedding is."""
-    prefixes = set()
-    for array in stored:
-        bare = _normal(array.keys)
-        for anchor in ANCHORS:
-            if bare[-len(anchor) :] == anchor and _WRAPPERS.issuperset(bare[: -len(anchor)]):
-                prefixes.add(bare[: -len(anchor)])
-    if not prefixes:
-        tops = ", ".join(sorted({str(array.keys[0]) for array in stored if array.keys})) or "nothing"
-        raise UnsupportedCheckpointError(
-            f"{checkpoint}: there is no {', '.join(map('/'.join, ANCHORS))} at its root or under "
-            f"{', '.join(sorted(_WRAPPERS))}; it holds {tops}. jpaged reads the parameter trees of its own modules, of "
-            "MaxText, Tunix and DeepMind gemma"
-        )
-    prefix = min(prefixes, key=len)
-    below = {_normal(array.keys): array for array in stored}
-    tree = {path[len(prefix) :]: array for path, array in below.items() if path[: len(prefix)] == prefix}
-    return {path: array for path, array in tree.items() if not _BESIDE & set(path)}
-
-
-def _normal(keys: Keys) -> tuple[str, ...]:
-    """As strings, split at slashes, without the `value` of NNX states and the `w` of DeepMind's flat trees."""
-    path = tuple(part for key in keys for part in str(key).split("/"))
-    path = path[:-1] if path[-1:] == ("value",) else path
-    return path[:-1] if path[-1:] == ("w",) and path[-2:-1] and path[-2] in _FUSED else path
-
-
-def _flatten(tree: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
-    if isinstance(tree, dict):
-        for key, node in tree.items():
-            yield from _flatten(node, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for index, node in enumerate(tree):
-            yield from _flatten(node, (*path, index))
-    else:
-        yield path, tree
-
-
-def _put(tree: dict[Any, Any], path: Keys, value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
 
 
 def _get(tree: Any, path: Keys) -> Any:
@@ -305,7 +237,7 @@ def save_tree(folder: Path, arrays: Mapping[Keys, Any]) -> None:
 
     tree: dict[Any, Any] = {}
     for keys, array in arrays.items():
-        _put(tree, keys, array)
+        put(tree, keys, array)
     try:
         with _quiet():
             v1.save(folder.absolute(), tree)

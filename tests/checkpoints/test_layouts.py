@@ -4,6 +4,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -11,10 +12,12 @@ from checkpoint_files import GOLDENS
 from orbax.checkpoint import v1
 
 import checkpoints
-from checkpoints import CheckpointError, MissingWeightsError, UnsupportedCheckpointError, convert, load, save
+from checkpoints import CheckpointError, MissingWeightsError, UnsupportedCheckpointError, convert, load, save, to_linen
 from checkpoints.hf_config import config_to_hf
-from checkpoints.layout_tables import gemma, maxtext
+from checkpoints.layout_tables import WRITTEN, gemma, maxtext
+from checkpoints.layouts import by_key, encode, stored_shapes
 from checkpoints.safetensors_reader import SafetensorsFile
+from checkpoints.trees import flatten, put
 from jpaged.models.config import config_from_hf
 
 MODELS = GOLDENS / "models"
@@ -246,3 +249,36 @@ def test_scaled_queries_of_any_head_size_come_back(head_dim, dtype):
     link.decode(theirs, back, ours.dtype)
     assert back.tobytes() == ours.tobytes()
     assert gemma(config, transposed=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [
+        ("llama", "tunix"),
+        ("llama", "orbax"),
+        ("gemma2", "gemma"),
+        ("gemma3_text", "tunix"),
+        ("qwen3", "maxtext-scanned"),
+    ],
+)
+def test_trees_in_memory_become_ours(family, format):
+    checkpoint = load(MODELS / family, skip_tokenizer=True)
+    flat = dict(flatten(checkpoint.params))
+    wrapped, table = WRITTEN[format]
+    layout, theirs = table(checkpoint.config), {}
+    shapes = stored_shapes(layout)
+    for key, links in by_key(layout).items():
+        put(theirs, (*wrapped, *key), jnp.array(encode(links, shapes[key], flat.__getitem__)))
+    ours = dict(flatten(to_linen(checkpoint.config, theirs)))
+    assert set(ours) == set(flat)
+    for path, leaf in flat.items():
+        np.testing.assert_array_equal(np.asarray(ours[path], leaf.dtype), leaf, err_msg=str(path))
+    kept = [path for path in ours if any(ours[path] is leaf for _, leaf in flatten(theirs))]
+    assert ("norm", "scale") in kept or format == "maxtext-scanned", "what needs no change is passed on as it is"
+    lost = next(iter(shapes))
+    node = theirs
+    for key in (*wrapped, *lost[:-1]):
+        node = node[key]
+    del node[lost[-1]]
+    with pytest.raises((MissingWeightsError, UnsupportedCheckpointError)):
+        to_linen(checkpoint.config, theirs)
