@@ -222,6 +222,7 @@ def run(server: Server, requests: list[Client], moments: list[int], signals: lis
         with more:
             more.wait_for(lambda: received >= moment or not running)  # noqa: B023  # waited for at once
         server.end(how)
+        print(f"{how.name} at {received} tokens; {running} requests are unfinished", file=sys.stderr, flush=True)
         server.start()
     submitting.join()
     for thread in threads:
