@@ -10,14 +10,14 @@ from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.completions import prompt_logprobs
 from jpaged.server.errors import ApiError
-from jpaged.server.ledger import Entry
 from jpaged.server.messages import render
 from jpaged.server.positions import Position, Positions
 from jpaged.server.protocol import ChatRequest, NamedTool
+from jpaged.server.renderer import Renderer
 from jpaged.server.service import Service, Usage, final_outputs, structure_of
 from jpaged.server.tickets import Ticket
 from jpaged.server.tools import FORMATS, REQUIRED, CallParser, Format, named, schema_of_call, schema_of_calls
-from jpaged.server.transport import JsonRoute, answer, event, stream_events
+from jpaged.server.transport import JsonRoute, event
 from jpaged.streams import Stream
 from jpaged.structured.params import StructuredOutputsParams
 
@@ -36,38 +36,25 @@ def router_of(service: Service) -> APIRouter:
     return router
 
 
-class ChatCompletion:
+class ChatCompletion(Renderer[ChatRequest]):
     """One request."""
 
     Body = ChatRequest
 
     def __init__(self, service: Service, body: ChatRequest, ticket: Ticket) -> None:
-        self._service, self._body, self._ticket = service, body, ticket
+        super().__init__(service, body, ticket)
         self._structure: StructuredOutputsParams | None = None
         self._format = self._decide_on_tools()
 
-    async def run(self, request: Request) -> Response:
+    async def _submit(self) -> list[Stream]:
         service, body, ticket = self._service, self._body, self._ticket
-        known = service.known(ticket, body)
-        if known is not None:
-            return await self.again(request, known, {})
         params = self._params()
         tokenizer = service.tokenizer
         prompt = await service.llm.in_worker(
             lambda: render(tokenizer, body.messages, body, with_tools=self._format is not None)
         )
         prompt = service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens)
-        streams = await service.submit(body, ticket.id, [prompt], params, ticket=ticket)
-        return await self._answer(request, streams, {})
-
-    async def again(self, request: Request, entry: Entry, have: dict[int, Position]) -> Response:
-        """Answers once more; what the client has of a stream is left out."""
-        return await self._answer(request, await self._service.attach(entry, self._body), have)
-
-    async def _answer(self, request: Request, streams: Sequence[Stream], have: dict[int, Position]) -> Response:
-        if self._body.stream:
-            return stream_events(self._service, streams, self._events(streams[0], have))
-        return await answer(self._service, request, streams, self._whole(streams))
+        return await service.submit(body, ticket.id, [prompt], params, ticket=ticket)
 
     def _params(self) -> SamplingParams:
         body = self._body
@@ -158,12 +145,12 @@ class ChatCompletion:
             choice["token_ids"] = completion.token_ids
         return choice
 
-    async def _events(self, stream: Stream, have: dict[int, Position]) -> AsyncIterator[bytes]:
+    async def _events(self, streams: Sequence[Stream], have: dict[int, Position]) -> AsyncIterator[bytes]:
         usage, head, options = Usage(), self._head("chat.completion.chunk"), self._body.stream_options
         positions = self._service.positions(have)
         parsers: dict[int, CallParser | None] = {}
         closed: set[int] = set()
-        async for output in stream:
+        async for output in streams[0]:
             if not parsers:
                 usage.add_prompt(output)
                 for completion in output.outputs:

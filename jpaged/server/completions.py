@@ -9,12 +9,12 @@ from fastapi.responses import Response
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.sampling_params import SamplingParams
 from jpaged.server.errors import ApiError
-from jpaged.server.ledger import Entry
 from jpaged.server.positions import Position
 from jpaged.server.protocol import CompletionRequest
+from jpaged.server.renderer import Renderer
 from jpaged.server.service import Service, Usage, final_outputs, merged
 from jpaged.server.tickets import Ticket
-from jpaged.server.transport import JsonRoute, answer, event, stream_events
+from jpaged.server.transport import JsonRoute, event
 from jpaged.streams import Stream
 
 if TYPE_CHECKING:
@@ -34,35 +34,22 @@ def router_of(service: Service) -> APIRouter:
     return router
 
 
-class Completions:
+class Completions(Renderer[CompletionRequest]):
     """One request."""
 
     Body = CompletionRequest
 
     def __init__(self, service: Service, body: CompletionRequest, ticket: Ticket) -> None:
-        self._service, self._body, self._ticket = service, body, ticket
+        super().__init__(service, body, ticket)
         # OpenAI's way to score a text: echo it, and generate nothing.
         self._scores_only = bool(body.echo) and body.max_tokens == 0
 
-    async def run(self, request: Request) -> Response:
+    async def _submit(self) -> list[Stream]:
         service, body, ticket = self._service, self._body, self._ticket
-        known = service.known(ticket, body)
-        if known is not None:
-            return await self.again(request, known, {})
         params = self._params()
         prompts = await service.llm.in_worker(service.tokenize, body.prompt, "prompt")
         prompts = [service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens) for prompt in prompts]
-        streams = await service.submit(body, ticket.id, prompts, params, ticket=ticket)
-        return await self._answer(request, streams, {})
-
-    async def again(self, request: Request, entry: Entry, have: dict[int, Position]) -> Response:
-        """Answers once more; what the client has of a stream is left out."""
-        return await self._answer(request, await self._service.attach(entry, self._body), have)
-
-    async def _answer(self, request: Request, streams: Sequence[Stream], have: dict[int, Position]) -> Response:
-        if self._body.stream:
-            return stream_events(self._service, streams, self._events(streams, have))
-        return await answer(self._service, request, streams, self._whole(streams))
+        return await service.submit(body, ticket.id, prompts, params, ticket=ticket)
 
     def _params(self) -> SamplingParams:
         body = self._body

@@ -22,7 +22,8 @@ from jpaged.errors import SnapshotError
 log = logging.getLogger("jpaged")
 
 Line = dict[str, Any]
-_Item = tuple[bytes, "concurrent.futures.Future[None]"] | Path | None  # a line, another file, or the end
+_Waiting = tuple[Line, "concurrent.futures.Future[None]"]
+_Item = _Waiting | Path | None  # a line, another file, or the end
 
 
 class Journal:
@@ -48,7 +49,7 @@ class Journal:
         The future's error is a SnapshotError: it can't be written.
         """
         done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self._queue.put((to_json(line, inf_nan_mode="constants") + b"\n", done))
+        self._queue.put((line, done))
         return done
 
     def switch(self, path: Path) -> None:
@@ -65,7 +66,7 @@ class Journal:
         going = True
         while going:
             items = [self._queue.get(), *(self._queue.get() for _ in range(self._queue.qsize()))]
-            batch: list[tuple[bytes, concurrent.futures.Future[None]]] = []
+            batch: list[_Waiting] = []
             for item in items:
                 if isinstance(item, tuple):
                     batch.append(item)
@@ -87,21 +88,22 @@ class Journal:
             self._file.close()
             self._file, self.size = file, 0
 
-    def _write(self, batch: list[tuple[bytes, "concurrent.futures.Future[None]"]]) -> None:
+    def _write(self, batch: list[_Waiting]) -> None:
         if not batch:
             return
         try:
-            rest = memoryview(b"".join(data for data, _ in batch))
+            data = b"".join(to_json(line, inf_nan_mode="constants") + b"\n" for line, _ in batch)
+            rest = memoryview(data)
             while rest:
                 rest = rest[self._file.write(rest) :]
             os.fsync(self._file.fileno())
-        except OSError as error:
+        except (OSError, ValueError) as error:  # the disk, or no JSON
             log.error("the journal can't be written: %s", error)
             self._file.truncate(self.size)  # no torn line in the middle
             for _, done in batch:
-                done.set_exception(SnapshotError(f"the journal can't be written: {error.strerror or error}."))
+                done.set_exception(SnapshotError(f"the journal can't be written: {error}"))
             return
-        self.size += sum(len(data) for data, _ in batch)
+        self.size += len(data)
         for _, done in batch:
             done.set_result(None)
 
