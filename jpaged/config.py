@@ -148,6 +148,13 @@ class EngineConfig:
             if getattr(self, name) not in allowed:
                 raise InvalidConfigError(f"{name}={getattr(self, name)!r} must be one of {', '.join(allowed)}.")
 
+        if self.batch_invariant and self.tensor_parallel_size > 1:
+            raise InvalidConfigError(
+                "batch_invariant needs tensor_parallel_size=1: devices add in an order of their own."
+            )
+        if self.batch_invariant and self.kv_cache_dtype != "auto":
+            raise InvalidConfigError('batch_invariant needs kv_cache_dtype="auto": training has no rounded keys.')
+
     def _at_least(self, low: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)

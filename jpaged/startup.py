@@ -165,10 +165,7 @@ def _module(config: EngineConfig, source: Source, model: ModelConfig, dtype: jnp
     module = source.module(model, dtype)
     if not (config.batch_invariant or module.batch_invariant):
         return module
-    if config.tensor_parallel_size > 1:
-        raise InvalidConfigError("batch_invariant needs tensor_parallel_size=1: devices add in an order of their own.")
-    if config.kv_cache_dtype != "auto":
-        raise InvalidConfigError('batch_invariant needs kv_cache_dtype="auto": training has no rounded keys.')
+    dataclasses.replace(config, batch_invariant=True)  # raises if a module that is has arguments that contradict it
     if SPAN % config.block_size:
         raise InvalidConfigError(f"batch_invariant needs a block_size that divides {SPAN}, not {config.block_size}.")
     return module.clone(batch_invariant=True)

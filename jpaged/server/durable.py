@@ -81,7 +81,8 @@ class Durable:
         self._saving = asyncio.Lock()
         self._saved_at = 0.0
         self._ticking: asyncio.Task[None] | None = None
-        self._closed = False
+        self._closed = False  # nothing is accepted any more
+        self._taken = False  # nor is any result: the last snapshot has been taken, or the engine is dead
         llm.on_outputs.append(self._take)
 
     @property
@@ -135,7 +136,7 @@ class Durable:
             self._closed = True
             store: Store = self._store  # type: ignore[assignment]  # it is open
             number = store.begin()
-            state, pool = await self._llm.suspend(self._state_and_pool, suspended())
+            state, pool = await self._llm.suspend(self._last_state_and_pool, suspended())
             await asyncio.to_thread(store.save, number, encode(state), pool)
         await self._close()
         log.info("%d unfinished requests are in %s", len(state.engine.requests), self._config.snapshot_dir)
@@ -143,7 +144,7 @@ class Durable:
     def died(self) -> None:
         """The engine has failed: what is in the journal is what the next server goes on with. On any thread."""
         if self.is_open:
-            self._closed = True
+            self._closed = self._taken = True
             self._store.append({"died": True})  # type: ignore[union-attr]  # it is open
 
     async def _close(self) -> None:
@@ -269,7 +270,7 @@ class Durable:
     def _take(self, outputs: list[RequestOutput]) -> None:
         """On the engine's thread: results."""
         for output in outputs:
-            if not output.finished or self._closed:
+            if not output.finished or self._taken:
                 continue
             with self._lock:
                 entry = self._owners.get(output.request_id)
@@ -279,6 +280,11 @@ class Durable:
                 if all(part in self._results for part in entry.parts):
                     entry.finished_at = time.time()
                 self._store.append({"result": record_of_result(output)})
+
+    def _last_state_and_pool(self, engine: LLMEngine) -> tuple[State, Tree]:
+        """Requests that end between the signal and this moment are among the results."""
+        self._taken = True
+        return self._state_and_pool(engine)
 
     def _state(self, engine: LLMEngine) -> State:
         """On the engine's thread: everything at this moment."""
