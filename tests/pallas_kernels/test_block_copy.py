@@ -42,7 +42,9 @@ def test_copy(kind, implementation, count):
     copy = jax.jit(functools.partial(copy_blocks, implementation=implementation), donate_argnums=0)
     pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)]
     pool = copy(pool, sources, destinations, np.int32(count))
-    if implementation == "xla":
+    # With jax 0.11, XLA:CPU copies pools of narrower floats.
+    in_place = jax.__version_info__ >= (0, 12) or all(leaf.dtype.itemsize == 4 for leaf in jax.tree.leaves(pool))
+    if implementation == "xla" and in_place:
         assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)] == pointers, "in place"
     for leaf, values in zip(jax.tree.leaves(pool), expected, strict=True):
         np.testing.assert_array_equal(leaf, values)
