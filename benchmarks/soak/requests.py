@@ -27,7 +27,7 @@ _KINDS: tuple[dict[str, Any], ...] = (
 def bodies(max_tokens: int) -> list[dict[str, Any]]:
     """Completion requests: every prompt in every way."""
     return [
-        {"prompt": prompt, "seed": 7 * i + j, "max_tokens": max_tokens - 3 * (j % 5), "stream": True, **kind}
+        {"prompt": prompt, "seed": 7 * i + j, "max_tokens": max_tokens * (8 - j % 5) // 8, "stream": True, **kind}
         for i, prompt in enumerate(PROMPTS)
         for j, kind in enumerate(_KINDS)
     ]

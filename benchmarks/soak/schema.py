@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=2000, help="at least so many, over all operations")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    with serving(args.model, 8, ["--max-model-len", "256"]) as (url, _):
+    with serving(args.model, 8, ["--max-model-len", "256", "--enable-ui"]) as (url, _):
         with urllib.request.urlopen(url + "/openapi.json") as answer:
             document = json.load(answer)
         # What takes no body has a handful of different requests; the others make up for them.
