@@ -23,7 +23,7 @@ log = logging.getLogger("jpaged")
 
 Line = dict[str, Any]
 _Waiting = tuple[Line, "concurrent.futures.Future[None]"]
-_Item = _Waiting | Path | None  # a line, another file, or the end
+_Item = _Waiting | tuple[Path, "concurrent.futures.Future[None]"] | None  # a line, another file, or the end
 
 
 class Journal:
@@ -52,9 +52,11 @@ class Journal:
         self._queue.put((line, done))
         return done
 
-    def switch(self, path: Path) -> None:
-        """Lines that come from now on go into another new file."""
-        self._queue.put(path)
+    def switch(self, path: Path) -> "concurrent.futures.Future[None]":
+        """Lines that come from now on go into a new file; into the old one if it can't be made (SnapshotError)."""
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self._queue.put((path, done))
+        return done
 
     def close(self) -> None:
         """Waits for all lines."""
@@ -68,25 +70,26 @@ class Journal:
             items = [self._queue.get(), *(self._queue.get() for _ in range(self._queue.qsize()))]
             batch: list[_Waiting] = []
             for item in items:
-                if isinstance(item, tuple):
-                    batch.append(item)
-                    continue
-                self._write(batch)
-                batch = []
-                if item is None:
-                    going = False
-                else:
-                    self._open(item)
+                match item:
+                    case None:
+                        going = False
+                    case (Path() as path, done):
+                        self._write(batch)
+                        batch = []
+                        self._open(path, done)
+                    case (dict() as line, done):
+                        batch.append((line, done))
             self._write(batch)
 
-    def _open(self, path: Path) -> None:
+    def _open(self, path: Path, done: "concurrent.futures.Future[None]") -> None:
         try:
             file = _create(path)
-        except OSError as error:  # the old one will do: both are read
-            log.error("%s can't be made: %s", path, error)
+        except OSError as error:
+            done.set_exception(SnapshotError(f"{path} can't be made: {error.strerror or error}."))
         else:
             self._file.close()
             self._file, self.size = file, 0
+            done.set_result(None)
 
     def _write(self, batch: list[_Waiting]) -> None:
         if not batch:

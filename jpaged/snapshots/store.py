@@ -53,6 +53,7 @@ class Store:
         self._latest = max(snapshots, default=None)
         self._next = max([*snapshots, *journals], default=0) + 1
         self._journal: Journal | None = None
+        self._switched: concurrent.futures.Future[None] | None = None
 
     def load(self) -> tuple[bytes, list[Line], Tree] | None:
         """(the state of the latest snapshot, what the journals tell since then, its pool); None: there is no snapshot.
@@ -91,7 +92,7 @@ class Store:
         if self._journal is None:
             self._journal = Journal(path)
         else:
-            self._journal.switch(path)
+            self._switched = self._journal.switch(path)
         return number
 
     def save(self, number: int, state: bytes, pool: Tree | None = None) -> None:
@@ -105,6 +106,8 @@ class Store:
         """
         from orbax.checkpoint import v1
 
+        if self._switched is not None:
+            self._switched.result()  # else its journal would be lost with the snapshot before it
         tree = {"state": np.frombuffer(state, np.uint8), **({"pool": pool} if pool else {})}
         try:
             with _quiet():

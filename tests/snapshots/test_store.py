@@ -122,3 +122,18 @@ def test_a_full_disk_is_told_and_tears_no_line(tmp_path):
     path = tmp_path / "journal-2.jsonl"
     assert list(read(path)) == [{"fits": 1}, {"fits": 2}]
     assert os.path.getsize(path) == store.journal_size
+
+
+def test_a_journal_that_cannot_be_made_loses_no_line(tmp_path):
+    store = Store(tmp_path)
+    store.save(store.begin(), b"one")
+    (tmp_path / "journal-2.jsonl").mkdir()
+    number = store.begin()
+    store.append({"i": 1}).result()
+    with pytest.raises(SnapshotError, match=r"journal-2\.jsonl can't be made"):
+        store.save(number, b"two")
+    store.close()
+    (tmp_path / "journal-2.jsonl").rmdir()
+    store = Store(tmp_path)
+    assert store.load() == (b"one", [{"i": 1}], {})
+    store.close()
