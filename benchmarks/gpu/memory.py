@@ -84,7 +84,7 @@ def _swap(chosen: np.ndarray, block_bytes: int, pool: Pool) -> tuple[dict, Pool]
     """To pinned host memory and back; the swapper's own clock, which counts a block's bytes once each way."""
     blocks, back = chosen[: len(chosen) // 2], chosen[len(chosen) // 2 :]
     every = np.arange(len(blocks), dtype=np.int32)
-    swapper = Swapper(block_bytes, jax.devices()[0])
+    swapper = Swapper(block_bytes, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
     for _ in range(2):  # compiles; the second time for a pool that was donated before
         pool = swapper.swap_in(pool, swapper.swap_out(pool, blocks), every, back)
     swapper.out, swapper.back = Traffic(), Traffic()
