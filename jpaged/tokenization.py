@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from jpaged.errors import InvalidRequestError
 
 if TYPE_CHECKING:
-    from tokenizers.decoders import DecodeStream
     from transformers import PreTrainedTokenizerBase
 
     Tokenizer = PreTrainedTokenizerBase
@@ -141,14 +140,20 @@ class Detokenizer:
     def __init__(self, tokenizer: "Tokenizer", prompt_token_ids: list[int], skip_special_tokens: bool) -> None:
         self._backend = tokenizer.backend_tokenizer
         self._skip = skip_special_tokens
-        self._stream = self._new_stream(self._context(prompt_token_ids))
+        self._begin(self._context(prompt_token_ids))
         self._pending: list[int] = []  # tokens since the last text
         self.text = ""
 
     def fork(self) -> "Detokenizer":
         """Another one at the same place."""
         twin = copy.copy(self)
-        twin._stream, twin._pending = copy.copy(self._stream), list(self._pending)
+        twin._pending, twin._fed = list(self._pending), list(self._fed)
+        try:
+            twin._stream = copy.copy(self._stream)
+        except TypeError:  # tokenizers before 0.23 can't copy one: the twin's is given what this one has seen
+            twin._begin(self._begun_with)
+            for token in self._fed:
+                twin._step(token)
         return twin
 
     def push(self, tokens: list[int]) -> str:
@@ -165,11 +170,11 @@ class Detokenizer:
     def _decode_next(self, token: int) -> str | None:
         """The text that became final, or None if it may still change."""
         try:
-            return self._stream.step(self._backend, token)
+            return self._step(token)
         except Exception:  # tokenizers raises nothing more precise
             # Byte-fallback decoders (SentencePiece) take back a character if the bytes after it are no UTF-8. What
             # has been given out stays; what was pending is decoded for itself, and a new stream begins.
-            self._stream = self._new_stream([token])
+            self._begin([token])
             return self._backend.decode(self._pending, skip_special_tokens=self._skip)
 
     def _context(self, prompt: list[int]) -> list[int]:
@@ -183,10 +188,16 @@ class Detokenizer:
                 return context
         return []
 
-    def _new_stream(self, context: list[int]) -> "DecodeStream":
+    def _begin(self, context: list[int]) -> None:
+        """A new stream, after some tokens whose text is given out already."""
         from tokenizers.decoders import DecodeStream
 
-        return DecodeStream(ids=context, skip_special_tokens=self._skip)
+        self._stream = DecodeStream(ids=context, skip_special_tokens=self._skip)
+        self._begun_with, self._fed = context, list[int]()
+
+    def _step(self, token: int) -> str | None:
+        self._fed.append(token)
+        return self._stream.step(self._backend, token)
 
     def finish(self) -> None:
         """No more tokens come: an unfinished character becomes a replacement character."""

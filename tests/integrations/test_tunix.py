@@ -1,4 +1,4 @@
-"""Tunix's rollout worker over jpaged, beside Tunix's own. Skipped without google-tunix (`uv run --group tunix`)."""
+"""Tunix's rollout worker over jpaged, beside Tunix's own. Skipped without google-tunix (`uv run --with google-tunix`)."""
 
 import functools
 

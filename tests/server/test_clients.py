@@ -1,6 +1,6 @@
 """Programs that people have already, against a live server: litellm, LangChain, lm-eval.
 
-They are large, and not needed to develop jpaged: `uv run --group dev --group clients pytest tests/server/test_clients.py`.
+They are large, and not needed to develop jpaged: `uv run --group dev --with litellm --with langchain-openai --with 'lm-eval[api]' pytest tests/server/test_clients.py`.
 Without them these tests are skipped.
 """
 
