@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from jpaged.companions import companion_of
 from jpaged.errors import InvalidRequestError, SnapshotError
-from jpaged.followers import follower_of
 from jpaged.outputs import RequestMetrics
 from jpaged.request_limits import RequestLimits
 from jpaged.sampling_params import SamplingParams
@@ -85,7 +85,7 @@ class GroupMaker:
         constraint = params.structured_outputs
         matcher = None if constraint is None else self.grammars.matcher(constraint)
         if params.use_beam_search:
-            group.beams = new_search(group, follower_of(group, matcher, self._limits.tokenizer))
+            group.beams = new_search(group, companion_of(group, matcher, self._limits.tokenizer))
         elif matcher is not None:
             for sequence in group.sequences:
                 sequence.matcher = matcher.fork()

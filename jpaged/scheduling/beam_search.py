@@ -27,15 +27,15 @@ UNBORN = -1e9
 where fewer continuations are allowed, or go on, than there are ranks."""
 
 
-class Follower(Protocol):
+class Companion(Protocol):
     """What goes along with a running beam, besides its tokens."""
 
     @property
     def stop(self) -> str | None:
         """The stop string that its last token completed."""
 
-    def follow(self, token: int) -> "Follower":
-        """The follower of this beam and one more token."""
+    def follow(self, token: int) -> "Companion":
+        """The companion of this beam and one more token."""
 
 
 @dataclasses.dataclass(eq=False, repr=False, slots=True)
@@ -93,12 +93,12 @@ class BeamSearch:
         best running beam would not be kept if it ended now. "never": that it would not even if it reached
         `max_length` at no further cost (the same as False unless length_penalty > 0).
       eos_token_ids: tokens that end a hypothesis; each stays its last token.
-      follower: of the bare prompt, if beams have one; a token that completes a stop string ends a hypothesis, too.
+      companion: of the bare prompt, if beams have one; a token that completes a stop string ends a hypothesis, too.
 
     Attributes:
       scores: float32 [width], cumulative log-probabilities of the running beams, best first. [0] after the end.
       nodes: their last tokens, None before the first; also emptied at the end.
-      followers: theirs.
+      companions: theirs.
       finished: at most `width` hypotheses, best first; of equal ones, the earlier.
       num_generated: length of the running beams without the prompt.
       num_candidates: K. Each beam has as many ways to end as there are end-of-sequence tokens, so that many
@@ -115,7 +115,7 @@ class BeamSearch:
         length_penalty: float,
         early_stopping: bool | Literal["never"],
         eos_token_ids: frozenset[int],
-        follower: Follower | None = None,
+        companion: Companion | None = None,
     ) -> None:
         self.width = width
         self.num_return = num_return
@@ -127,7 +127,7 @@ class BeamSearch:
         self.scores = np.full(width, UNBORN, np.float32)
         self.scores[0] = 0
         self.nodes: list[Node | None] = [None] * width
-        self.followers: list[Follower | None] = [follower] * width
+        self.companions: list[Companion | None] = [companion] * width
         self.finished: list[Hypothesis] = []
         self.num_generated = 0
         self.done = False
@@ -150,16 +150,16 @@ class BeamSearch:
         at_limit = self.num_generated == self.max_generated
         choices = list(zip(parents.tolist(), tokens.tolist(), strict=True))
         entries = logprobs or [None] * len(choices)
-        running: list[tuple[int, Node, Follower | None]] = []
+        running: list[tuple[int, Node, Companion | None]] = []
         for i, ((parent, token), entry) in enumerate(zip(choices, entries, strict=True)):
             if scores[i] <= UNBORN / 2 or (i >= self.width and len(running) == self.width):
                 break  # of a rank that does not exist, or not allowed; or there are enough
-            node, follower = Node(self.nodes[parent], token, entry), self.followers[parent]
+            node, companion = Node(self.nodes[parent], token, entry), self.companions[parent]
             ends = token in self.eos_token_ids
-            follower = None if ends or follower is None else follower.follow(token)
-            stop = None if follower is None else follower.stop
+            companion = None if ends or companion is None else companion.follow(token)
+            stop = None if companion is None else companion.stop
             if not (ends or stop or at_limit):
-                running.append((i, node, follower))
+                running.append((i, node, companion))
             # The lower candidates only replace beams that ended: they go on, but do not finish.
             elif i < self.width:
                 self._finish(node, scores[i], FinishReason.STOP if ends or stop else FinishReason.LENGTH, stop)
@@ -168,7 +168,7 @@ class BeamSearch:
         kept = [i for i, _, _ in running]
         self.scores = scores[kept]
         self.scores[born:] = UNBORN
-        self.nodes, self.followers = [node for _, node, _ in running], [follower for _, _, follower in running]
+        self.nodes, self.companions = [node for _, node, _ in running], [companion for _, _, companion in running]
         self.done = not running or not self._can_improve()
         return [choices[i] for i in kept]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jpaged.memory import BlockManager
-from jpaged.scheduling.beam_search import BeamSearch, Follower, Hypothesis, path
+from jpaged.scheduling.beam_search import BeamSearch, Companion, Hypothesis, path
 from jpaged.scheduling.plan import Edits, StepPlan
 from jpaged.sequence import Sequence, SequenceGroup
 
@@ -31,8 +31,8 @@ class ChosenLogprob(NamedTuple):
     logprob: float
 
 
-def new_search(group: SequenceGroup, follower: Follower | None = None) -> BeamSearch:
-    """The search that a group's parameters ask for; `follower` is its bare prompt's."""
+def new_search(group: SequenceGroup, companion: Companion | None = None) -> BeamSearch:
+    """The search that a group's parameters ask for; `companion` is its bare prompt's."""
     params, first = group.params, group.sequences[0]
     return BeamSearch(
         width=len(group.sequences),
@@ -42,7 +42,7 @@ def new_search(group: SequenceGroup, follower: Follower | None = None) -> BeamSe
         length_penalty=params.length_penalty,
         early_stopping=params.early_stopping,
         eos_token_ids=first.stop_token_ids,
-        follower=follower,
+        companion=companion,
     )
 
 

@@ -243,10 +243,10 @@ def _refill_beams(search: BeamSearch, record: BeamsRecord) -> None:
     search.scores = np.array(record.scores, np.float32)
     search.nodes = [None if rank == NONE else nodes[rank] for rank in record.ranks]
     for rank, node in enumerate(search.nodes):
-        follower = search.followers[rank]  # the bare prompt's
+        companion = search.companions[rank]  # the bare prompt's
         for step in path(node):
-            follower = None if follower is None else follower.follow(step.token)
-        search.followers[rank] = follower
+            companion = None if companion is None else companion.follow(step.token)
+        search.companions[rank] = companion
     search.finished = [
         Hypothesis(nodes[h.node], h.score, h.cumulative_logprob, h.finish_reason, h.stop) for h in record.finished
     ]

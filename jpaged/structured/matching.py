@@ -79,6 +79,6 @@ def masks_of(plan: "StepPlan", vocab_size: int) -> Masks:
     for group, members in plan.beams:
         if group.params.structured_outputs is None or group.finished:
             continue
-        for member, follower in zip(members, group.beams.followers, strict=True):  # type: ignore[union-attr]
-            restrict(allowed[member], group.sequences, follower.matcher)
+        for member, companion in zip(members, group.beams.companions, strict=True):  # type: ignore[union-attr]
+            restrict(allowed[member], group.sequences, companion.matcher)
     return Masks(allowed, failed)

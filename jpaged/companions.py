@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Follower:
-    """See `jpaged.scheduling.beam_search.Follower`."""
+class Companion:
+    """See `jpaged.scheduling.beam_search.Companion`."""
 
     detokenizer: Detokenizer | None
     """Only as much of its text is kept as a stop string may begin in. None: no stop strings were asked for."""
@@ -21,7 +21,7 @@ class Follower:
     matcher: Matcher | None
     stop: str | None = None
 
-    def follow(self, token: int) -> "Follower":
+    def follow(self, token: int) -> "Companion":
         detokenizer, stop = self.detokenizer, None
         if detokenizer is not None:
             detokenizer = detokenizer.fork()
@@ -30,13 +30,13 @@ class Follower:
             stop = None if found is None else found[1]
             detokenizer.text = detokenizer.text[-max(map(len, self.stops)) :]
         matcher = None if self.matcher is None else self.matcher.follow(token)
-        return Follower(detokenizer, self.stops, matcher, stop)
+        return Companion(detokenizer, self.stops, matcher, stop)
 
 
-def follower_of(group: SequenceGroup, matcher: Matcher | None, tokenizer: "Tokenizer | None") -> Follower | None:
+def companion_of(group: SequenceGroup, matcher: Matcher | None, tokenizer: "Tokenizer | None") -> Companion | None:
     """That of a group's bare prompt; None if its beams need none."""
     params, detokenizer = group.params, None
     stops: tuple[str, ...] = params.stop  # type: ignore[assignment]  # normalised to a tuple
     if stops and tokenizer is not None:
         detokenizer = Detokenizer(tokenizer, group.prompt_token_ids, params.skip_special_tokens)
-    return None if matcher is None and detokenizer is None else Follower(detokenizer, stops, matcher)
+    return None if matcher is None and detokenizer is None else Companion(detokenizer, stops, matcher)
