@@ -171,10 +171,10 @@ def _metadata(checkpoint: Path) -> list[Stored]:
     from orbax.checkpoint import v1
 
     try:
-        with _quiet():
+        with quiet():
             tree = v1.metadata(checkpoint.absolute()).metadata
     except Exception as error:  # whatever Orbax, TensorStore and json raise
-        raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read its metadata ({_first_line(error)})") from error
+        raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read its metadata ({first_line(error)})") from error
     arrays = [(path, leaf) for path, leaf in flatten(tree) if getattr(leaf, "shape", None) is not None]
     if not arrays:
         raise CorruptCheckpointError(f"{checkpoint}: Orbax finds no arrays in it; was it saved to the end?")
@@ -191,10 +191,10 @@ def _load(checkpoint: Path, wanted: Sequence[Stored]) -> dict[Keys, NDArray]:
     context = v1.Context()
     context.pytree.loading.partial_load = True
     try:
-        with context, _quiet():
+        with context, quiet():
             loaded = v1.load(checkpoint.absolute(), abstract)
     except Exception as error:  # as above
-        raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read it ({_first_line(error)})") from error
+        raise CorruptCheckpointError(f"{checkpoint}: Orbax cannot read it ({first_line(error)})") from error
     found = {array.keys: _get(loaded, array.keys) for array in wanted}
     # Under partial loading a leaf that is missing comes back as it was asked for, without an error.
     hollow = [keys for keys, array in found.items() if type(array) is not np.ndarray or 0 in array.strides]
@@ -211,12 +211,12 @@ def _get(tree: Any, path: Keys) -> Any:
     return tree
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:300]
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Orbax logs every step of its work."""
     logger = logging.getLogger("absl")
     level = logger.level
@@ -239,7 +239,7 @@ def save_tree(folder: Path, arrays: Mapping[Keys, Any]) -> None:
     for keys, array in arrays.items():
         put(tree, keys, array)
     try:
-        with _quiet():
+        with quiet():
             v1.save(folder.absolute(), tree)
     except Exception as error:  # whatever Orbax and TensorStore raise
-        raise CheckpointError(f"{folder}: Orbax cannot write it ({_first_line(error)})") from error
+        raise CheckpointError(f"{folder}: Orbax cannot write it ({first_line(error)})") from error

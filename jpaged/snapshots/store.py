@@ -10,18 +10,16 @@ what came before it is deleted. A crash at any moment leaves a complete snapshot
 """
 
 import concurrent.futures
-import contextlib
 import fcntl
-import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from checkpoints.orbax import first_line, quiet
 from jpaged.errors import SnapshotError
 from jpaged.snapshots.journal import Journal, Line, read, sync_folder
 
@@ -72,10 +70,10 @@ class Store:
 
         path = self.folder / f"snapshot-{self._latest}"
         try:
-            with _quiet():
+            with quiet():
                 return v1.load(path)
         except Exception as error:  # whatever Orbax and TensorStore raise
-            raise SnapshotError(f"{path}: Orbax can't read it: {_first_line(error)}") from error
+            raise SnapshotError(f"{path}: Orbax can't read it: {first_line(error)}") from error
 
     def append(self, line: Line) -> "concurrent.futures.Future[None]":
         """See `Journal.append`; a snapshot must have been begun."""
@@ -110,11 +108,11 @@ class Store:
             self._switched.result()  # else its journal would be lost with the snapshot before it
         tree = {"state": np.frombuffer(state, np.uint8), **({"pool": pool} if pool else {})}
         try:
-            with _quiet():
+            with quiet():
                 v1.save(self.folder / f"snapshot-{number}", tree)
             sync_folder(self.folder)
         except Exception as error:  # whatever Orbax and TensorStore raise
-            raise SnapshotError(f"{self.folder}: the snapshot can't be written: {_first_line(error)}") from error
+            raise SnapshotError(f"{self.folder}: the snapshot can't be written: {first_line(error)}") from error
         self._latest = number
         for path in self.folder.iterdir():
             found = _NAME.match(path.name)  # also of what a process that was killed has left half written
@@ -134,19 +132,3 @@ class Store:
         """Of the snapshots that are complete, and of the journals."""
         found = [match for path in self.folder.iterdir() if (match := _NAME.fullmatch(path.name))]
         return sorted(int(m[2]) for m in found if m[2]), sorted(int(m[3]) for m in found if m[3])
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax logs every step of its work."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
