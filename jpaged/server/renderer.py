@@ -1,5 +1,6 @@
 """Renderer: one request of a client, from its fields to its answer; streamed or whole, for the first time or again."""
 
+import abc
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from jpaged.server.transport import answer, stream_events
 from jpaged.streams import Stream
 
 
-class Renderer[Body: Generation]:
+class Renderer[Body: Generation](abc.ABC):
     """What completions and chat completions have in common.
 
     Args:
@@ -42,14 +43,14 @@ class Renderer[Body: Generation]:
             return stream_events(self._service, streams, self._events(streams, have))
         return await answer(self._service, request, streams, self._whole(streams))
 
+    @abc.abstractmethod
     async def _submit(self) -> list[Stream]:
         """Hands it to the engine."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     async def _whole(self, streams: Sequence[Stream]) -> dict[str, Any]:
         """The answer in one piece."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _events(self, streams: Sequence[Stream], have: dict[int, Position]) -> AsyncIterator[bytes]:
         """The answer as server-sent events."""
-        raise NotImplementedError

@@ -8,7 +8,6 @@ Interpreted and compiled, never run: it must be asked for by name.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.dispatch import Device
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
+from pallas_kernels.paged_attention.softcap import LOG2_E, soft_capped
 from pallas_kernels.paged_attention.splits import num_items, plan_splits
 
 ROWS = 64
@@ -27,7 +27,6 @@ ROWS = 64
 TILE_TOKENS = 64
 PROGRAMS = 132 * 2  # two for each multiprocessor: 80 KB of shared memory and 128 threads each
 FEWEST_TOKENS = 256
-LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 STAGES = 2
 
@@ -83,10 +82,7 @@ def _kernel(q, kv, tables, items, begins, ends, out, high_out, total_out, *scrat
             return acc[...]
 
         scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE_TOKENS), jnp.float32))
-        factor = scale * LOG2_E
-        if cap is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x))
-            scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * factor / cap)))
-            factor = cap * LOG2_E
+        scores, factor = soft_capped(scores, scale, cap)
         position = tile * TILE_TOKENS + plgpu.broadcasted_iota(
             jnp.int32, (ROWS, TILE_TOKENS), 1, layout=plgpu.Layout.WGMMA
         )

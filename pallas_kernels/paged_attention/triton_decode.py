@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
+from pallas_kernels.paged_attention.softcap import LOG2_E
 from pallas_kernels.paged_attention.splits import num_items, plan_splits
 from pallas_kernels.paged_attention.tiles import Tiles
 from pallas_kernels.paged_attention.triton_call import call, like
@@ -93,7 +94,7 @@ def _decode_kernel(*refs, shape: softmax.Shape, unflatten: Callable):
         def whole_row():
             softmax.store_pieces(shape, out, (row, head[:, None]), pieces, real)
             if lse is not None:
-                plgpu.store(lse.at[row, head], log_sum / softmax.LOG2_E, mask=real)
+                plgpu.store(lse.at[row, head], log_sum / LOG2_E, mask=real)
 
         @pl.when(splits > 1)
         def part_of_row():
@@ -129,7 +130,7 @@ def _merge_kernel(*refs, shape: softmax.Shape, unflatten: Callable):
         for (begin, size), value in zip(shape.pieces, sums, strict=True):
             plgpu.store(out.at[row, head, begin + jnp.arange(size)], (value / total).astype(out.dtype))
         if lse is not None:
-            lse[row, head] = (high + jnp.log2(total)) / softmax.LOG2_E
+            lse[row, head] = (high + jnp.log2(total)) / LOG2_E
 
 
 def paged_decode_attention(

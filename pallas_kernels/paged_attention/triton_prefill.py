@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.quantized import KV
+from pallas_kernels.paged_attention.softcap import LOG2_E
 from pallas_kernels.paged_attention.tiles import Tiles
 from pallas_kernels.paged_attention.triton_call import call, like
 from pallas_kernels.paged_attention.tuned import tiles_for
@@ -50,7 +51,7 @@ def _prefill_kernel(*refs, shape: softmax.Shape, parts: int, unflatten: Callable
     pieces = tuple(jnp.where(asked[:, None], x, 0.0) for x in pieces)
     softmax.store_pieces(shape, out, index, pieces, written)
     if lse is not None:
-        plgpu.store(lse.at[row, query, head], jnp.where(asked, log_sum, -jnp.inf) / softmax.LOG2_E, mask=written)
+        plgpu.store(lse.at[row, query, head], jnp.where(asked, log_sum, -jnp.inf) / LOG2_E, mask=written)
 
 
 def paged_prefill_attention(

@@ -9,7 +9,6 @@ LOWEST and unseen scores are -inf, so that what sees nothing gives zeros and no 
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +19,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
+from pallas_kernels.paged_attention.softcap import LOG2_E, soft_capped
 from pallas_kernels.paged_attention.tiles import Tiles
 
-LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 
 
@@ -124,10 +123,7 @@ def tile(
     scores = functools.reduce(jnp.add, products)
     if inputs.scales is not None:
         scores = scores * load(inputs.scales, (index,), real)[None, :]
-    factor = shape.scale * LOG2_E
-    if shape.cap is not None:  # tanh(x) = 1 - 2 / (1 + exp(2x)): two fast instructions, and exact to 1e-7
-        scores = 1.0 - 2.0 / (1.0 + jnp.exp2(scores * (2.0 * factor / shape.cap)))
-        factor = shape.cap * LOG2_E
+    scores, factor = soft_capped(scores, shape.scale, shape.cap)
     if seen is not None:
         scores = jnp.where(seen(position[None, :]), scores, -jnp.inf)
     higher = jnp.maximum(high, scores.max(axis=1) * factor)
