@@ -27,6 +27,9 @@ from jpaged.startup import WARM_VARIANTS
 from jpaged.streams import Stream, Streams
 from jpaged.tokenization import Prompt, encode_prompt
 
+_MAX_COMPILING = 32
+"""Requests that have a grammar compiled, or wait for a process to try it."""
+
 
 class AsyncLLM:
     """A model that serves many requests at once to an asyncio program.
@@ -67,6 +70,7 @@ class AsyncLLM:
         self._max_reqs, self._max_tokens = max_num_queued_reqs, max_num_queued_tokens
         self._streams = Streams()
         self._workers = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="jpaged-tokenizer")
+        self._compilers = concurrent.futures.ThreadPoolExecutor(_MAX_COMPILING, thread_name_prefix="jpaged-grammar")
         self._samplers: Samplers | None = None  # who wants no warm-up has steps compile what they need
         if self.engine.config.warmup:
             self._samplers = Samplers(self.engine.runner, self.engine.scheduler.buckets, WARM_VARIANTS)
@@ -117,8 +121,7 @@ class AsyncLLM:
         """
         params = params or SamplingParams()
         text, tokens, salt = await self.in_worker(encode_prompt, prompt, self.engine.tokenizer)
-        if params.structured_outputs is not None:  # compiled here, found by `add_request`
-            await self.in_worker(self.engine.grammars.matcher, params.structured_outputs)
+        await self._prepare_grammar(params)
         await asyncio.wrap_future(self.prepare(params))
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
@@ -177,6 +180,14 @@ class AsyncLLM:
             return self._samplers.prepare(variant)
         nothing.set_result(None)
         return nothing
+
+    async def _prepare_grammar(self, params: SamplingParams) -> None:
+        """Has the grammar compiled, if there is one; `add_request` finds it. Tokenising does not wait for it."""
+        wanted = params.structured_outputs
+        if wanted is not None and wanted not in self.engine.grammars:
+            self._thread.check_alive()
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compilers, self.engine.grammars.matcher, wanted)
 
     def _stream(self, request_id: str, kind: RequestOutputKind) -> Stream:
         return Stream(request_id, kind, self._streams.lock, self._forget)
@@ -258,7 +269,9 @@ class AsyncLLM:
         """Stops the engine's thread after the step that is running; readers that are left get an EngineDeadError."""
         self._thread.close()
         self._streams.fail_all(EngineDeadError("the engine was shut down."))
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self.engine.end_compiling()
+        for pool in (self._workers, self._compilers):
+            pool.shutdown(wait=False, cancel_futures=True)
         if self._samplers is not None:
             self._samplers.close()
 

@@ -380,6 +380,10 @@ class LLMEngine:
         """
         return self._maker.grammars
 
+    def end_compiling(self) -> None:
+        """Gives up the grammars that are being compiled; any thread may call it."""
+        self._maker.end_compiling()
+
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError(f"the engine stopped at an earlier error: {self._failure}") from self._failure

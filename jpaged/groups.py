@@ -38,6 +38,11 @@ class GroupMaker:
             self._grammars = Grammars(limits.tokenizer, limits.vocab_size, limits.eos_token_ids)
         return self._grammars
 
+    def end_compiling(self) -> None:
+        """Gives up the grammars that are being compiled."""
+        if self._grammars is not None:
+            self._grammars.close()
+
     def new(self, request_id: str, tokens: list[int], params: SamplingParams, seed: int, **known: Any) -> SequenceGroup:
         """A new request's.
 

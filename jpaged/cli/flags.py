@@ -33,6 +33,9 @@ NOT_FLAGS = (
 """Of SamplingParams: what the commands decide themselves, what takes more than a word to say; and the seed,
 as --seed is the engine's, from which requests get theirs."""
 
+_ALIASES = {"tensor_parallel_size": ("-tp",)}
+"""Short names that users of vLLM know."""
+
 
 def flags_of(
     source: type,
@@ -61,7 +64,7 @@ def flags_of(
     fields = [
         (
             f.name,
-            Annotated[_one_type(hints[f.name]), conf.arg(help=docs.get(f.name))],
+            Annotated[_one_type(hints[f.name]), conf.arg(help=docs.get(f.name), aliases=_ALIASES.get(f.name, ()))],
             dataclasses.field(default=defaults.get(f.name, f.default)),
         )
         for f in dataclasses.fields(source)

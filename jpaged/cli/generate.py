@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from tyro import conf
 
 from jpaged.cli.flags import NOT_FLAGS, Switch, build, flags_of
+from jpaged.cli.form import FormFlags
 from jpaged.cli.memory import MemoryPicture, check_replay_path, memory_picture
 from jpaged.cli.session import CompileReport, compile_decode_steps, open_engine
 from jpaged.cli.status import Status
@@ -68,6 +69,8 @@ class Generate:
     """The engine's arguments."""
     sampling: SamplingFlags = dataclasses.field(default_factory=SamplingFlags)  # type: ignore[valid-type]
     """How tokens are chosen."""
+    form: FormFlags = dataclasses.field(default_factory=FormFlags)
+    """The form of the answers."""
 
     def run(self) -> int:
         prompts = list(self.prompt) or _prompts_from_stdin()
@@ -75,7 +78,7 @@ class Generate:
             raise InvalidRequestError("--system is part of the chat template, which --raw leaves out.")
         check_replay_path(self.memory_replay)
         kind = RequestOutputKind.FINAL_ONLY if self.json else RequestOutputKind.DELTA
-        params = build(SamplingParams, self.sampling, output_kind=kind)
+        params = build(SamplingParams, self.sampling, output_kind=kind, structured_outputs=self.form.params())
         wanted: Any = self.engine
         rows = wanted.max_num_seqs
         if rows is None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -117,3 +118,30 @@ def test_on_a_terminal_ctrl_c_ends_it_at_once_and_quietly():
 def test_the_real_model_answers(jpaged):
     status, out, _ = jpaged("generate", "What is the capital of France?", tiny=False)
     assert (status, out) == (0, "The capital of France is Paris.\n")
+
+
+def test_an_answer_has_the_form_that_flags_ask_for(jpaged, tmp_path):
+    (tmp_path / "schema.json").write_text('{"type": "array", "items": {"enum": [1, 2]}, "minItems": 2, "maxItems": 2}')
+    for form, pattern in (
+        (("--json-schema", f"@{tmp_path / 'schema.json'}"), r"\[\s*[12],\s*[12]\s*\]"),
+        (("--regex", "[ab]{3}"), "[ab]{3}"),
+        (("--choice", "yes", "--choice", "no"), "yes|no"),
+        (("--grammar", 'start: "x" "y"'), "xy"),
+    ):
+        status, out, _ = jpaged("generate", QUESTION, *form, "--max-tokens", "90")
+        assert status == 0
+        assert re.fullmatch(pattern, out.strip()), out
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (("--regex", "a", "--json-object"), "exactly one"),
+        (("--json-schema", "@no-such-file"), "no-such-file"),
+        (("--json-schema", "[1]"), "JSON schema"),
+    ],
+)
+def test_a_form_that_is_none_is_refused(jpaged, form, message):
+    status, _, err = jpaged("generate", QUESTION, *form)
+    assert status == 2
+    assert message in err

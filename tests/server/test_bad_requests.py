@@ -1,11 +1,7 @@
 """What is wrong with a request is said, with the right status, and disturbs nobody."""
 
-import threading
-
 import pytest
 
-from jpaged import SamplingParams
-from tests.engine.support import llm_of
 from tests.server.support import raw_connection
 
 C, CHAT, T, D = "/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"
@@ -147,33 +143,6 @@ BROKEN = [
     (b'{"prompt": "\\ud800"}', 400, ""),
     (b'{"prompt": "' + b"a" * (4 << 20) + b'"}', 413, "larger"),
 ]
-
-
-@pytest.fixture(scope="module")
-def good(live, tiny):
-    """Sixteen streams that go on for as long as the module's tests run; each must be right."""
-    [want] = llm_of(tiny()).generate("good", SamplingParams(temperature=0, max_tokens=60, ignore_eos=True))
-    over, wrong, count = threading.Event(), [], [0]
-
-    def stream():
-        while not over.is_set():
-            chunks = live.openai.completions.create(
-                model="tiny", prompt="good", temperature=0, max_tokens=60, stream=True, extra_body={"ignore_eos": True}
-            )
-            text = "".join(chunk.choices[0].text for chunk in chunks)
-            count[0] += 1
-            if text != want.outputs[0].text:
-                wrong.append(text)
-
-    threads = [threading.Thread(target=stream) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    yield
-    over.set()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
-    assert count[0] >= 16
 
 
 def check(answer, status, says):
