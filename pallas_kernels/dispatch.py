@@ -8,13 +8,14 @@ import dataclasses
 import functools
 import importlib
 import os
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
 ENVIRONMENT = "JPAGED_KERNELS"
-IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
+IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic", "jax_triton")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,12 @@ class Device:
     """Of an NVIDIA GPU, as JAX calls it: "NVIDIA H200"."""
 
 
-INTERPRETED = {"triton": Device("cuda", 100), "mosaic": Device("cuda", 90)}
+INTERPRETED = {"triton": Device("cuda", 100), "mosaic": Device("cuda", 90), "jax_triton": Device("cuda", 100)}
 """Interpreted kernels take whatever the newest device takes that they are for."""
 
-_MOSAIC = ("paged_decode_attention",)
-"""Operations that Mosaic GPU has; where it is asked for, the others are Triton's."""
+_ATTENTION = ("paged_decode_attention", "paged_prefill_attention")
+_ONLY = {"mosaic": _ATTENTION, "jax_triton": ("paged_decode_attention",)}
+"""Operations of the implementations that have not all; where one of these is asked for, the others are Triton's."""
 
 # Kinds of the abstract devices that one compiles for without having them; a real device tells its capability itself.
 _CAPABILITIES = {
@@ -53,7 +55,7 @@ def current_device() -> Device:
     """The device that is traced for."""
     abstract = jax.sharding.get_abstract_mesh().abstract_device
     if abstract is not None and abstract.platform in ("cuda", "gpu"):
-        words = abstract.device_kind.split()
+        words = abstract.device_kind.replace("-", " ").split()
         return Device("cuda", max((_CAPABILITIES.get(word, 0) for word in words), default=0), abstract.device_kind)
     device = jax.config.jax_default_device
     if not isinstance(device, jax.Device):
@@ -77,11 +79,8 @@ def requested(implementation: str | None) -> str:
     return name
 
 
-def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:
-    """The function that runs an operation of a package: modules `xla` and `triton` have it, in some `mosaic` too.
-
-    An implementation asked for by name runs interpreted where there is no GPU. Pallas is imported when it is wanted: it
-    takes a third of a second.
+def choose(package: str, operation: str, asked: str | None, *arguments: Any, device: Device) -> tuple[str, str | None]:
+    """(Module that runs an operation of a package on a device, why it is not the one that is made for the device).
 
     Args:
       package: its import name.
@@ -91,17 +90,28 @@ def implementation(package: str, operation: str, asked: str | None, *arguments: 
     Raises:
       ValueError: what was asked for is unknown or does not support these arguments.
     """
-    name, device = requested(asked), current_device()
+    name = requested(asked)
     if name == "xla" or (name == "auto" and device.platform != "cuda"):
-        return getattr(importlib.import_module(f"{package}.xla"), operation)
-    backend = "mosaic" if name == "mosaic" and operation in _MOSAIC else "triton"
+        return "xla", None
+    backend = name if operation in _ONLY.get(name, ()) else "triton"
     kernels = importlib.import_module(f"{package}.{backend}")
-    interpret = device.platform != "cuda"
-    reason = kernels.unsupported(*arguments, INTERPRETED[backend] if interpret else device)
-    if reason and name == "auto":
-        return getattr(importlib.import_module(f"{package}.xla"), operation)
+    reason = kernels.unsupported(*arguments, device if device.platform == "cuda" else INTERPRETED[backend])
+    if reason is None:
+        return backend, None
+    if name == "auto":
+        return "xla", reason
+    raise ValueError(f"{operation} in {backend} {reason}: leave the implementation to be chosen, or ask for xla")
+
+
+def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:
+    """The function that runs an operation: that of the module which `choose` finds for the device that is traced for.
+
+    An implementation asked for by name runs interpreted where there is no GPU. Where a GPU has no kernel for the
+    arguments, a warning says that XLA is slower. Pallas is imported when it is wanted: it takes a third of a second.
+    """
+    device = current_device()
+    backend, reason = choose(package, operation, asked, *arguments, device=device)
     if reason:
-        raise ValueError(
-            f"{operation} in {backend.capitalize()} {reason}: leave the implementation to be chosen, or ask for xla"
-        )
-    return functools.partial(getattr(kernels, operation), interpret=interpret)
+        warnings.warn(f"{operation} runs in XLA, which is slower: the kernel {reason}", stacklevel=2)
+    function = getattr(importlib.import_module(f"{package}.{backend}"), operation)
+    return function if backend == "xla" else functools.partial(function, interpret=device.platform != "cuda")

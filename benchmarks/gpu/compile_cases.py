@@ -39,6 +39,9 @@ class Case(NamedTuple):
     kernels: tuple[str, ...]
     donate: tuple[int, ...] = ()
     capability: tuple[int, int] = (8, 0)
+    newest: tuple[int, int] = (99, 0)
+    opcodes: tuple[str, ...] = ()
+    """Instructions that each of the kernels must have."""
 
 
 def _array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -75,14 +78,22 @@ def attention(
         def decode(q, kv, tables, row, pieces):
             return paged_decode_attention(q, kv, tables, row, shared=pieces, **options)
 
+        arguments = (q, kv, tables, row, pieces)
+        if options.get("implementation") == "mosaic":
+            return Case(decode, arguments, ("paged_decode_mosaic_gpu_kernel",), **_HOPPER)
         kernels = ("paged_decode_shared",) if shared else ()
         kernels += ("paged_decode", "paged_decode_merge")
-        return Case(decode, (q, kv, tables, row, pieces), kernels, capability=capability)
+        if options.get("implementation") == "jax_triton":
+            kernels = ("paged_decode_jax_triton",)
+        return Case(decode, arguments, kernels, capability=capability)
     q = _array((rows, tile_size(heads, kv_heads), heads, size), dtype)
-    function = functools.partial(paged_prefill_attention, **options)
-    return Case(function, (q, kv, tables, row, row), ("paged_prefill",), capability=capability)
+    function, arguments = functools.partial(paged_prefill_attention, **options), (q, kv, tables, row, row)
+    if options.get("implementation") == "mosaic":
+        return Case(function, arguments, ("paged_prefill_mosaic_gpu_kernel",), **_HOPPER)
+    return Case(function, arguments, ("paged_prefill",), capability=capability)
 
 
+_HOPPER: dict[str, Any] = {"capability": (9, 0), "newest": (9, 0), "opcodes": ("HGMMA", "UTMALDG")}
 _EVERYTHING: dict[str, Any] = {"sliding_window": 100, "logit_soft_cap": 30.0, "return_lse": True}
 _SHAPES: dict[str, tuple[str, int, int, int, str | None]] = {  # dtype, heads, KV heads, head size, quantised pool
     "bfloat16 32/8 x 128": ("bfloat16", 32, 8, 128, None),
@@ -107,6 +118,19 @@ _SHARED = (
     "float32 32/8 x 128",
     "int8 32/8 x 128",
 )
+_MOSAIC = ("bfloat16 32/8 x 128", "bfloat16 40/40 x 128", "bfloat16 9/3 x 64", "float16 32/8 x 128")
+_BY_NAME = {  # implementations that must be asked for
+    ("mosaic", "decode"): _MOSAIC,
+    ("mosaic", "prefill"): _MOSAIC,
+    ("jax_triton", "decode"): (
+        "bfloat16 32/8 x 128",
+        "bfloat16 32/32 x 80",
+        "bfloat16 8/4 x 256",
+        "float32 32/8 x 128",
+        "int8 32/8 x 128",
+        "e4m3 32/8 x 128",
+    ),
+}
 
 
 def _moves(dtype: str, quantised: str | None = None) -> dict[str, Case]:
@@ -134,6 +158,11 @@ def kernels() -> dict[str, Case]:
             )
     for name in _SHARED:
         cases[f"decode {name}, shared"] = attention("decode", *_SHAPES[name], shared=True)
+    for (implementation, operation), names in _BY_NAME.items():
+        by_name = functools.partial(attention, operation, implementation=implementation)
+        cases |= {f"{implementation} {operation} {name}": by_name(*_SHAPES[name]) for name in names}
+        name = f"{implementation} {operation} bfloat16 32/8 x 128, window, soft cap, lse"
+        cases[name] = by_name("bfloat16", 32, 8, 128, **_EVERYTHING)
     return cases
 
 

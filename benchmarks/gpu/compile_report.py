@@ -52,10 +52,15 @@ def kernel_rows(name: str, case: Case, target: Target) -> list[dict[str, Any]]:
                 "asynchronous copies": _count(kernel, COPIES),
                 "instructions": kernel.instructions.total(),
                 "launches": len(program.launches),
-                "wrong": "spills" if kernel.spills else kernel.serialized,
+                "wrong": _complaint(kernel, case),
             }
         )
     return rows
+
+
+def _complaint(kernel: deviceless.Kernel, case: Case) -> str:
+    absent = [opcode for opcode in case.opcodes if not kernel.instructions[opcode]]
+    return "spills" if kernel.spills else f"has no {', '.join(absent)}" if absent else kernel.serialized
 
 
 def is_a(launch: deviceless.Launch, kernel: str) -> bool:
@@ -107,7 +112,12 @@ def _bytes(tree: Any) -> int:
 
 def report(cases: dict[str, Case], rows_of: Callable, targets: list[Target]) -> list[dict[str, Any]]:
     """The rows of all cases on all targets that have them."""
-    jobs = [(name, case, t) for name, case in cases.items() for t in targets if t.capability >= case.capability]
+    jobs = [
+        (name, case, target)
+        for name, case in cases.items()
+        for target in targets
+        if case.capability <= target.capability <= case.newest
+    ]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return [row for rows in pool.map(lambda job: rows_of(*job), jobs) for row in rows]
 

@@ -2,16 +2,21 @@
 
 XLA does the work, from the HLO to the machine code, as it would with the GPU. A script in ptxas's place keeps what it
 makes of every kernel, and nvdisasm takes that apart. Needs the dependency group `gpu-compile`.
+
+XLA finds the script in the folder that it is told of. Kernels of Mosaic GPU and jax-triton are custom calls, which run
+the ptxas that was first in PATH when they ran one first: one such function is compiled at a time.
 """
 
 import collections
+import contextlib
 import functools
 import importlib.util
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,11 +54,14 @@ class Kernel(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Something that the step starts on the GPU: a kernel, by its name, or "kCopy", "kWhile", ... of XLA's own."""
+    """Something that the step starts on the GPU: a kernel, by its name, or "kCopy", "kWhile", ... of XLA's own.
+
+    A kernel of a custom call is here twice: as "kCustomCall", and at the end by its name.
+    """
 
     name: str
     grid: tuple[int, ...] = ()
-    shared_memory: int = 0  # bytes of a block of threads
+    shared_memory: int | None = None  # bytes of a block of threads; None: not known
 
 
 class Program(NamedTuple):
@@ -108,10 +116,8 @@ def compile_for(
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), arguments)
     with tempfile.TemporaryDirectory(prefix="deviceless-") as name:
         folder = Path(name)
-        script = folder / "bin" / "ptxas"
-        script.parent.mkdir()
-        script.write_text(_PTXAS.format(ptxas=_tools() / "ptxas", folder=folder))
-        script.chmod(0o755)
+        (folder / "bin").mkdir()
+        _write_script(folder / "bin" / "ptxas", name)
         options = {
             "xla_gpu_cuda_data_dir": name,
             "xla_gpu_enable_libnvptxcompiler": False,
@@ -119,10 +125,43 @@ def compile_for(
         }
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-            compiled = lowered.compile(compiler_options=options)
+            text = lowered.as_text()
+            foreign = any(f"custom_call @{name}" in text for name in _CUSTOM_CALLS)
+            with _foreign_kernels_kept_in(folder) if foreign else contextlib.nullcontext():
+                compiled = lowered.compile(compiler_options=options)
         kernels = dict(kernel for kept in folder.glob("kernel-*") for kernel in _kernels(kept, count))
         dump = {suffix: next((folder / "dump").glob(f"*{suffix}.txt")).read_text() for suffix in _DUMPS}
-    return Program(kernels, _launches(dump["thunk_sequence"]), compiled.memory_analysis(), _temporaries(dump[_BUFFERS]))
+    launches = _launches(dump["thunk_sequence"])
+    known = {launch.name for launch in launches}
+    launches += [Launch(name) for name in kernels if foreign and name not in known]
+    return Program(kernels, launches, compiled.memory_analysis(), _temporaries(dump[_BUFFERS]))
+
+
+_CUSTOM_CALLS = ("mosaic_gpu", "triton_kernel_call_ffi")
+"""Whose kernels XLA hands on; their names begin so."""
+_FOREIGN = threading.Lock()
+
+
+@functools.cache
+def _foreign_script() -> tempfile.TemporaryDirectory:
+    """A folder for the rest of the process, first in PATH; the environment tells its ptxas where to keep things."""
+    folder = tempfile.TemporaryDirectory(prefix="deviceless-")
+    _write_script(Path(folder.name, "ptxas"), '"$DEVICELESS_KEPT"')
+    os.environ["PATH"] = f"{folder.name}{os.pathsep}{os.environ['PATH']}"
+    return folder
+
+
+@contextlib.contextmanager
+def _foreign_kernels_kept_in(folder: Path) -> Iterator[None]:
+    with _FOREIGN:
+        _foreign_script()
+        os.environ["DEVICELESS_KEPT"] = str(folder)
+        yield
+
+
+def _write_script(path: Path, folder: str) -> None:
+    path.write_text(_PTXAS.format(ptxas=_tools() / "ptxas", folder=folder))
+    path.chmod(0o755)
 
 
 _BUFFERS = "gpu_after_optimizations-buffer-assignment"

@@ -49,4 +49,6 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
+    if value is None:
+        return ""
     return " ".join(str(value).split()).replace("|", "\\|")

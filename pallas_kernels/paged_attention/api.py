@@ -8,9 +8,9 @@ and scales beside it.
 A pool [num_blocks, 1, Hkv, block_size, D] holds keys that are their tokens' values too: the latents of multi-head
 latent attention (arXiv 2405.04434), whose values are the first columns of the keys. Nothing is stored or read twice.
 
-Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs from capability 8.0 on; "mosaic", which decodes on
-Hopper, only where it is asked for. Left alone, the fastest that supports the dtype and the shape runs;
-`implementation=` or the environment's JPAGED_KERNELS choose another.
+Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs from capability 8.0 on; "mosaic", for Hopper, and
+"jax_triton", which decodes, only where they are asked for. Left alone, "triton" runs where it supports the dtype and
+the shape, and else "xla"; `implementation=` or the environment's JPAGED_KERNELS choose another.
 """
 
 import functools
@@ -74,13 +74,15 @@ def paged_decode_attention(
         the same in any batch. None: cut the rows so that the batch keeps the GPU busy. Without meaning for "xla".
       shared: rows that begin with the same blocks: these are read once for all of them, and what follows is merged by
         the online softmax. Changes the speed and nothing else.
-      implementation: "auto", "xla", "triton" or "mosaic"; None: the environment's JPAGED_KERNELS, else "auto".
+      implementation: "auto", "xla", "triton", "mosaic" or "jax_triton"; None: the environment's JPAGED_KERNELS, else
+        "auto".
 
     Returns: [R, Hq, D], q's dtype, and with return_lse float32 [R, Hq], -inf for padding. Sums are float32. Over
     a pool of keys alone they are sums of whole keys, of which the caller takes the columns that are values.
 
     Raises:
       ValueError: the implementation asked for is unknown or does not support these arguments.
+      ImportError: it needs a package that is not installed.
       NotImplementedError: when differentiated.
     """
     attend = functools.partial(

@@ -1,6 +1,8 @@
 """Every implementation of paged attention against the float64 oracle: one table, on shapes chosen to hit every mask."""
 
 import functools
+import importlib.util
+import os
 from typing import NamedTuple
 
 import jax
@@ -59,6 +61,9 @@ MOSAIC_CASES = {  # slow to interpret
     "MHA, head size 128, blocks of 8": Case(3, 2, 2, 128, 8, 10, dtype="float16"),
 }
 RUNS = [(name, "xla") for name in CASES | XLA_CASES] + [(name, "triton") for name in CASES]
+JAX_TRITON_RUNS = [(name, "jax_triton") for name in CASES if name != "more heads than a program"]
+needs_jax_triton = pytest.mark.skipif(importlib.util.find_spec("jax_triton") is None, reason="jax-triton is missing")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported, by the first test of jax_triton
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3}
 
 
@@ -112,7 +117,9 @@ def decode(made: Made, **options):
     return jax.jit(attend)(made.q[:, 0], made.kv, made.tables, made.lengths, sinks=made.sinks)
 
 
-@pytest.mark.parametrize(("case", "implementation"), RUNS)
+@pytest.mark.parametrize(
+    ("case", "implementation"), RUNS + [pytest.param(*run, marks=needs_jax_triton) for run in JAX_TRITON_RUNS]
+)
 def test_decode(case, implementation):
     made = make(case)
     got = decode(made, return_lse=True, implementation=implementation)
@@ -132,6 +139,12 @@ def test_decode_in_mosaic(case):
     real = (made.lengths > 0).astype(np.int32)
     oracle = paged_attention(made.q, made.kv, made.tables, made.lengths - 1, real, sinks=made.sinks, **made.options)
     check(got, [x[:, 0] for x in oracle], made.tolerance, made.lengths == 0)
+
+
+@pytest.mark.parametrize(("case", "tile"), [("all at once", 16), ("MHA, head size 128, blocks of 8", 150)])
+def test_prefill_in_mosaic(case, tile):
+    """Two programs of a tile in one case; warp groups, rows and tiles of tokens without work in both."""
+    check_prefill(make(case, tile), tile, "mosaic")
 
 
 def share(made: Made, block: int) -> SharedPrefixes:
@@ -177,7 +190,10 @@ def test_shared_prefixes_are_shared_in_the_test_above():
 )
 def test_prefill(case, implementation, tile):
     """Tiles that end at the rows' lengths, from empty to full, after contexts of which some are long."""
-    made = make(case, tile)
+    check_prefill(make(case, tile), tile, implementation)
+
+
+def check_prefill(made, tile, implementation):
     starts = np.maximum(made.lengths - tile, 0).astype(np.int32)
     counts = (made.lengths - starts).astype(np.int32)
     attend = functools.partial(paged_prefill_attention, **made.options, return_lse=True, implementation=implementation)
@@ -316,7 +332,7 @@ def test_implementations_by_name(monkeypatch):
     with pytest.raises(ValueError, match="no head size 33"):
         decode(made)
     decode(made, implementation="xla")  # the argument comes before the environment
-    with pytest.raises(ValueError, match="in Mosaic reads pools of bfloat16 or float16"):
+    with pytest.raises(ValueError, match="in mosaic reads pools of bfloat16 or float16"):
         decode(made, implementation="mosaic")
     with pytest.raises(ValueError, match="keys that are values too"):
         decode(make("latents"), implementation="triton")
