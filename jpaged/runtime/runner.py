@@ -27,6 +27,7 @@ from jpaged.models.config import ModelConfig
 from jpaged.runtime import state as batch
 from jpaged.runtime.beam_selection import pack_searches, packed_size, unpack_candidates
 from jpaged.runtime.kv_pool import KVPoolSpec
+from jpaged.runtime.pieces import Pieces
 from jpaged.runtime.sampler import sample
 from jpaged.runtime.step import Forward, make_forward, make_prompt_scores, pool_tiles
 from jpaged.runtime.swapping import Swapper
@@ -101,6 +102,7 @@ class Runner:
         self._vocab_size = config.vocab_size
         self._null_row = max_num_seqs
         self._leaves, self._treedef = jax.tree.flatten(params)
+        self._in_pieces = jax.default_backend() == "cpu" and pool.mesh is None
         self._compiled: dict[tuple, Any] = {}
         self._make_state = functools.partial(
             batch.empty, max_num_seqs, max_model_len, pool.block_size, config.vocab_size
@@ -156,6 +158,7 @@ class Runner:
             self.state.tables,
             self.state.tokens,
             packed,
+            in_pieces=self._in_pieces,
         )
 
     def compile_sample(self, bucket: Bucket, variant: Variant) -> Any:
@@ -196,12 +199,19 @@ class Runner:
         return dataclasses.replace(plan, variant=least._replace(prompt_logprobs=plan.variant.prompt_logprobs))
 
     def _compile(
-        self, key: tuple, function: Callable, donated: tuple[int, ...], out_shardings: Any, *arguments: Any
+        self,
+        key: tuple,
+        function: Callable,
+        donated: tuple[int, ...],
+        out_shardings: Any,
+        *arguments: Any,
+        in_pieces: bool = False,
     ) -> Any:
         if key not in self._compiled:
             jitted = jax.jit(function, donate_argnums=donated, out_shardings=out_shardings)
             with self.on_compile(key), self._mesh_in_scope():
-                self._compiled[key] = jitted.lower(*jax.tree.map(self._abstract, arguments)).compile()
+                traced = jitted.trace(*jax.tree.map(self._abstract, arguments))
+                self._compiled[key] = Pieces(traced) if in_pieces else traced.lower().compile()
         return self._compiled[key]
 
     def _mesh_in_scope(self) -> contextlib.AbstractContextManager:
