@@ -21,7 +21,7 @@ from jpaged.errors import EngineDeadError, QueueFullError
 from jpaged.outputs import RequestOutput
 from jpaged.runtime.samplers import Samplers, request_variant
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
-from jpaged.sequence import Pooling
+from jpaged.sequence import Readout
 from jpaged.snapshots import Snapshot
 from jpaged.startup import WARM_VARIANTS
 from jpaged.streams import Stream, Streams
@@ -100,8 +100,7 @@ class AsyncLLM:
         request_id: str | None = None,
         *,
         priority: int = 0,
-        scored_from: int = 0,
-        pooling: Pooling | None = None,
+        readout: Readout | None = None,
         keep: bool = False,
     ) -> Stream:
         """Queues a request; returns when it is accepted.
@@ -111,7 +110,7 @@ class AsyncLLM:
           params: how to sample; None: `SamplingParams()`.
           request_id: unique among the unfinished requests; None: made up.
           priority: smaller is served first; needs scheduling_policy="priority".
-          scored_from, pooling: see `LLMEngine.add_request`.
+          readout: what else is read off the prompt.
           keep: it goes on when its reader leaves, until `drop`; others may `attach`.
 
         Raises:
@@ -126,7 +125,7 @@ class AsyncLLM:
         tokenized: Any = {"prompt": text, "prompt_token_ids": tokens, "cache_salt": salt}
         stream = self._stream(request_id or f"req-{uuid.uuid4().hex}", params.output_kind)
         try:
-            options = {"priority": priority, "scored_from": scored_from, "pooling": pooling}
+            options = {"priority": priority, "readout": readout}
             await self.call(lambda engine: self._add(engine, stream, tokenized, params, keep, **options))
         except asyncio.CancelledError:
             stream.close()

@@ -24,7 +24,7 @@ from jpaged.request_limits import RequestLimits
 from jpaged.runtime.runner import StepResult
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import StepPlan
-from jpaged.sequence import FinishReason, Holder, Pooling, Sequence, SequenceGroup
+from jpaged.sequence import FinishReason, Holder, Readout, Sequence, SequenceGroup
 from jpaged.snapshots import Snapshot, fingerprint, record_of
 from jpaged.source import Params, fit, flatten, of_arguments
 from jpaged.startup import Components, build
@@ -95,8 +95,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         holder: Holder | None = None,
-        scored_from: int = 0,
-        pooling: Pooling | None = None,
+        readout: Readout | None = None,
     ) -> None:
         """Queues a request.
 
@@ -106,9 +105,7 @@ class LLMEngine:
           params: how to sample; None: `SamplingParams()`.
           priority: smaller is served first; needs scheduling_policy="priority".
           holder: of a session: the request goes on with its blocks and leaves it the blocks that it has in the end.
-          scored_from: with prompt_logprobs: the first position that gets them. What is before it may be found in the
-            prefix cache.
-          pooling: the output brings an `embedding` of the prompt; with "mean", the prefix cache is not looked at.
+          readout: what else is read off the prompt.
 
         Raises:
           InvalidRequestError: it can't be served as asked. Nothing else is affected.
@@ -125,8 +122,9 @@ class LLMEngine:
         self.limits.check_params(params)
         if holder is not None and (params.num_sequences > 1 or params.use_beam_search):
             raise InvalidRequestError("a session is one sequence: fork it, instead of n, best_of or beams.")
-        if pooling not in (None, "last", "mean"):
-            raise InvalidRequestError(f'pooling={pooling!r} must be "last" or "mean".')
+        readout = readout or Readout()
+        if readout.pooling not in (None, "last", "mean"):
+            raise InvalidRequestError(f'pooling={readout.pooling!r} must be "last" or "mean".')
         if self.runner.capture is not None and params.use_beam_search:
             raise InvalidRequestError("activations can't be captured in beam search: use sampling, or n.")
         arrival = self._next_arrival
@@ -139,9 +137,8 @@ class LLMEngine:
             order=(priority, arrival),
             metrics=RequestMetrics(arrival_time=time.monotonic()),
             cache_salt=salt,
-            bypasses_cache=self.runner.capture is not None or pooling == "mean",
-            scored_from=scored_from,
-            pooling=pooling,
+            bypasses_cache=self.runner.capture is not None or readout.pooling == "mean",
+            readout=readout,
         )
         if holder is not None:
             group.sequences[0].holder = holder

@@ -11,9 +11,9 @@ from jpaged.engine import InFlight, LLMEngine
 from jpaged.errors import InvalidRequestError
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.progress import Progress
-from jpaged.readout import EMBEDDING, SCORING, embedding_of, logprobs_from, with_completion
+from jpaged.readout import EMBEDDING, SCORING, embedding_of, logprobs_from, pooled, scored, with_completion
 from jpaged.sampling_params import MAX_LOGPROBS, BeamSearchParams, RequestOutputKind, SamplingParams
-from jpaged.sequence import Holder, Pooling
+from jpaged.sequence import Holder, Pooling, Readout
 from jpaged.session import Session
 from jpaged.source import Params
 from jpaged.tokenization import Chat, Prompt, encode_prompt, is_chat, render_chat
@@ -88,8 +88,7 @@ class LLM:
         use_tqdm: bool = False,
         priority: Sequence[int] | None = None,
         holders: Sequence[Holder] | None = None,
-        scored_from: Sequence[int] | None = None,
-        pooling: Pooling | None = None,
+        readouts: Sequence[Readout] | None = None,
     ) -> list[RequestOutput]:
         if not isinstance(sampling_params, Sequence):
             sampling_params = [sampling_params or SamplingParams()] * len(many)
@@ -109,8 +108,7 @@ class LLM:
                     params,
                     priority=priority[i] if priority else 0,
                     holder=holders[i] if holders else None,
-                    scored_from=scored_from[i] if scored_from else 0,
-                    pooling=pooling,
+                    readout=readouts[i] if readouts else None,
                 )
                 ids.append(request_id)
             return self._run(ids, use_tqdm)
@@ -177,7 +175,8 @@ class LLM:
             raise InvalidRequestError(f"{len(many)} prompts need as many completions, not {len(completions)}.")
         pairs = [with_completion(self.engine, p, c) for p, c in zip(many, completions, strict=True)]
         starts = [start for _, start in pairs]
-        outputs = self._generate([whole for whole, _ in pairs], SCORING, use_tqdm=use_tqdm, scored_from=starts)
+        readouts = [scored(start) for start in starts]
+        outputs = self._generate([whole for whole, _ in pairs], SCORING, use_tqdm=use_tqdm, readouts=readouts)
         return [logprobs_from(output, start) for output, start in zip(outputs, starts, strict=True)]
 
     def embed(
@@ -200,7 +199,8 @@ class LLM:
         Raises:
           InvalidRequestError: a prompt can't be served, or there is no such pooling. None of the call's prompts is run.
         """
-        outputs = self._generate(_as_list(prompts), EMBEDDING, use_tqdm=use_tqdm, pooling=pooling)
+        many = _as_list(prompts)
+        outputs = self._generate(many, EMBEDDING, use_tqdm=use_tqdm, readouts=[pooled(pooling)] * len(many))
         empty = np.zeros((0, self.engine.model_config.hidden_size), np.float32)
         return np.stack([embedding_of(output, normalize) for output in outputs]) if outputs else empty
 

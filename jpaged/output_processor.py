@@ -215,7 +215,7 @@ class OutputProcessor:
             if wanted is None or sequence.index != 0:
                 continue
             if group.prompt_logprobs is None:
-                group.prompt_logprobs = [None] * max(group.scored_from, 1)  # nothing predicts the first token
+                group.prompt_logprobs = [None] * max(group.readout.scored_from, 1)  # nothing predicts the first token
             known = group.prompt_logprobs
             for j in range(length):
                 # After a preemption the first positions come again: only what is next is taken.
@@ -245,9 +245,9 @@ def _take_pooled(plan: StepPlan, pooled: np.ndarray) -> None:
     """Adds each tile's part to its prompt's embedding. What is computed from the beginning again begins again."""
     for tile, part in zip(plan.tiles, pooled, strict=False):  # tiles are padded
         group = tile.sequence.group
-        if group.pooling is None or tile.sequence.index != 0 or tile.start >= len(group.prompt_token_ids):
+        if group.readout.pooling is None or tile.sequence.index != 0 or tile.start >= len(group.prompt_token_ids):
             continue
-        adds = group.pooling == "mean" and tile.start > 0
+        adds = group.readout.pooling == "mean" and tile.start > 0
         group.embedding = group.embedding + part if adds else part  # type: ignore[operator]  # tile 0 came before
 
 

@@ -12,14 +12,25 @@ from jpaged.engine import LLMEngine
 from jpaged.errors import InvalidRequestError
 from jpaged.outputs import RequestOutput
 from jpaged.sampling_params import RequestOutputKind, SamplingParams
+from jpaged.sequence import Pooling, Readout
 from jpaged.tokenization import Prompt, TokensPrompt, encode_prompt, encode_text
 
 EMBEDDING = SamplingParams(temperature=0, max_tokens=1, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY)
-"""With `pooling`."""
+"""With the readout `pooled`."""
 SCORING = SamplingParams(
     temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
 )
-"""With `scored_from`."""
+"""With the readout `scored`."""
+
+
+def pooled(pooling: Pooling) -> Readout:
+    """Of a request that wants an embedding, and no tokens."""
+    return Readout(pooling=pooling, generates=False)
+
+
+def scored(start: int) -> Readout:
+    """Of a request that wants the log-probabilities of its prompt's tokens from a position on, and no tokens."""
+    return Readout(scored_from=start, generates=False)
 
 
 def with_completion(engine: LLMEngine, prompt: Prompt, completion: str | Sequence[int]) -> tuple[TokensPrompt, int]:

@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 
 NO_ROW = -1
 Pooling = Literal["last", "mean"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Readout:
+    """What a request wants of its prompt, beside the tokens that follow it."""
+
+    pooling: Pooling | None = None
+    """The output brings an `embedding`: the prompt's final hidden states, pooled. "mean" needs all of them: the prefix
+    cache is not looked at."""
+    scored_from: int = 0
+    """With prompt_logprobs: the first position that gets them. What is before it may be found in the prefix cache."""
+    generates: bool = True
+    """Whether anybody looks at the tokens that follow; if not, they are counted nowhere."""
+
+
 """How the hidden states of a prompt's tokens become one: the last token's, or the mean of all."""
 
 
@@ -121,10 +136,8 @@ class SequenceGroup:
     prompt_logprobs: list[LogprobsAt | None] | None = None
     bypasses_cache: bool = False
     """All its positions are computed, whatever the prefix cache holds."""
-    scored_from: int = 0
-    """The first position whose token's log-probability is wanted, if those of the prompt are."""
-    pooling: Pooling | None = None
-    """How its prompt's final hidden states are pooled; None: they are not."""
+    readout: Readout = Readout()
+    """What else is read off its prompt."""
     embedding: np.ndarray | None = None  # float32 [E]: what has been pooled so far
     num_cached_tokens: int = 0
     beams: "BeamSearch | None" = None
@@ -143,12 +156,12 @@ class SequenceGroup:
         """How many of its first tokens need not be computed if the prefix cache has them; None: all."""
         if self.bypasses_cache:
             return 0
-        return None if self.params.prompt_logprobs is None else self.scored_from
+        return None if self.params.prompt_logprobs is None else self.readout.scored_from
 
     @property
     def reads_prompt(self) -> bool:
         """Whether something is still read off its prompt's hidden states, which the prefill lane alone gives."""
-        return self.wants_prompt_logprobs or self.pooling is not None
+        return self.wants_prompt_logprobs or self.readout.pooling is not None
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -184,15 +184,15 @@ class StepPlan:
 
         None: nobody pools.
         """
-        if not any(tile.sequence.group.pooling for tile in self.tiles):
+        if not any(tile.sequence.group.readout.pooling for tile in self.tiles):
             return None
         weights = np.zeros((self.bucket.prefill_tiles, tile_size), np.float32)
         for row, tile in zip(weights, self.tiles, strict=False):
             group = tile.sequence.group
             left = len(group.prompt_token_ids) - tile.start  # of the prompt, from the tile's first token on
-            if group.pooling == "mean":
+            if group.readout.pooling == "mean":
                 row[: max(0, min(left, tile.length))] = 1 / len(group.prompt_token_ids)
-            elif group.pooling == "last" and 0 < left <= tile.length:
+            elif group.readout.pooling == "last" and 0 < left <= tile.length:
                 row[left - 1] = 1
         return weights
 

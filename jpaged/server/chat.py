@@ -8,13 +8,15 @@ from fastapi.responses import Response
 
 from jpaged.outputs import CompletionOutput, Logprob, LogprobsAt
 from jpaged.sampling_params import SamplingParams
+from jpaged.server.answers import Usage, final_outputs
 from jpaged.server.completions import prompt_logprobs
 from jpaged.server.errors import ApiError
 from jpaged.server.messages import render
 from jpaged.server.positions import Position, Positions
 from jpaged.server.protocol import ChatRequest, NamedTool
 from jpaged.server.renderer import Renderer
-from jpaged.server.service import Service, Usage, final_outputs, structure_of
+from jpaged.server.sampling import structure_of
+from jpaged.server.service import Service
 from jpaged.server.tickets import Ticket
 from jpaged.server.tools import FORMATS, REQUIRED, CallParser, Format, named, schema_of_call, schema_of_calls
 from jpaged.server.transport import JsonRoute, event
@@ -53,7 +55,7 @@ class ChatCompletion(Renderer[ChatRequest]):
         prompt = await service.llm.in_worker(
             lambda: render(tokenizer, body.messages, body, with_tools=self._format is not None)
         )
-        prompt = service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens)
+        prompt = service.prompts.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens)
         return await service.submit(body, ticket.id, [prompt], params, ticket=ticket)
 
     def _params(self) -> SamplingParams:
@@ -65,7 +67,7 @@ class ChatCompletion(Renderer[ChatRequest]):
             raise ApiError(400, "max_tokens=0 asks for nothing.", param="max_tokens")
         if self._format is not None and self._format.special_tokens:
             body = body.model_copy(update={"skip_special_tokens": False})
-        return self._service.sampling_params(
+        return self._service.sampling.params_of(
             body,
             max_tokens=max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,

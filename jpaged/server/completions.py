@@ -1,5 +1,6 @@
 """POST /v1/completions."""
 
+import dataclasses
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +9,13 @@ from fastapi.responses import Response
 
 from jpaged.outputs import CompletionOutput, LogprobsAt, RequestOutput
 from jpaged.sampling_params import SamplingParams
+from jpaged.sequence import Readout
+from jpaged.server.answers import Usage, final_outputs, merged
 from jpaged.server.errors import ApiError
 from jpaged.server.positions import Position
 from jpaged.server.protocol import CompletionRequest
 from jpaged.server.renderer import Renderer
-from jpaged.server.service import Service, Usage, final_outputs, merged
+from jpaged.server.service import Service
 from jpaged.server.tickets import Ticket
 from jpaged.server.transport import JsonRoute, event
 from jpaged.streams import Stream
@@ -47,8 +50,11 @@ class Completions(Renderer[CompletionRequest]):
     async def _submit(self) -> list[Stream]:
         service, body, ticket = self._service, self._body, self._ticket
         params = self._params()
-        prompts = await service.llm.in_worker(service.tokenize, body.prompt, "prompt")
-        prompts = [service.check_length(prompt, params.max_tokens, body.truncate_prompt_tokens) for prompt in prompts]
+        prompts = await service.llm.in_worker(service.prompts.tokenize, body.prompt, "prompt")
+        check, cut_to = service.prompts.check_length, body.truncate_prompt_tokens
+        prompts = [check(prompt, params.max_tokens, cut_to) for prompt in prompts]
+        if self._scores_only:
+            prompts = [dataclasses.replace(prompt, readout=Readout(generates=False)) for prompt in prompts]
         return await service.submit(body, ticket.id, prompts, params, ticket=ticket)
 
     def _params(self) -> SamplingParams:
@@ -62,7 +68,7 @@ class Completions(Renderer[CompletionRequest]):
         if body.echo and body.logprobs is not None and body.prompt_logprobs is None:
             body = body.model_copy(update={"prompt_logprobs": body.logprobs})
         max_tokens = _DEFAULT_MAX_TOKENS if body.max_tokens is None else max(1, body.max_tokens)
-        return self._service.sampling_params(body, max_tokens=max_tokens, logprobs=body.logprobs)
+        return self._service.sampling.params_of(body, max_tokens=max_tokens, logprobs=body.logprobs)
 
     # ------------------------------------------------------------------------------------------------- answers
 

@@ -1,6 +1,7 @@
 """POST /v1/embeddings: pooled hidden states."""
 
 import base64
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -9,10 +10,11 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jpaged.readout import EMBEDDING, embedding_of
+from jpaged.readout import EMBEDDING, embedding_of, pooled
+from jpaged.server.answers import Usage, final_outputs
 from jpaged.server.errors import ApiError
 from jpaged.server.protocol import EmbeddingRequest
-from jpaged.server.service import Service, Usage, final_outputs, new_id
+from jpaged.server.service import Service, new_id
 from jpaged.server.transport import JsonRoute, answer
 from jpaged.streams import Stream
 
@@ -28,9 +30,10 @@ def router_of(service: Service) -> APIRouter:
         if body.dimensions not in (None, size):
             message = f"this model's embeddings have {size} dimensions, and can't be cut to {body.dimensions}."
             raise ApiError(400, message, param="dimensions", code="unsupported")
-        prompts = await service.llm.in_worker(service.tokenize, body.input, "input")
-        prompts = [service.check_length(prompt, truncate_to=body.truncate_prompt_tokens) for prompt in prompts]
-        streams = await service.submit(body, name, prompts, EMBEDDING, body.pooling)
+        prompts = await service.llm.in_worker(service.prompts.tokenize, body.input, "input")
+        prompts = [service.prompts.check_length(prompt, truncate_to=body.truncate_prompt_tokens) for prompt in prompts]
+        prompts = [dataclasses.replace(prompt, readout=pooled(body.pooling)) for prompt in prompts]
+        streams = await service.submit(body, name, prompts, EMBEDDING)
         return await answer(service, request, streams, _whole(body, model, name, streams))
 
     return router

@@ -7,8 +7,8 @@ import jinja2
 import jinja2.meta
 
 from jpaged.server.errors import ApiError
+from jpaged.server.prompts import TokenizedPrompt
 from jpaged.server.protocol import ChatFields, Message, Tool
-from jpaged.server.service import TokenizedPrompt
 from jpaged.tokenization import render_chat
 
 if TYPE_CHECKING:

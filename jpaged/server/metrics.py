@@ -105,7 +105,7 @@ class Metrics:
             else:
                 self._between.observe(now - before)
             self._last_token[group] = now
-            if group.beams is None:
+            if group.beams is None and group.readout.generates:
                 self.generation_tokens += count
         self.recent.add(now, self.totals)
 
@@ -119,7 +119,8 @@ class Metrics:
         generated = 0
         if group is not None:
             del self._last_token[group]
-            generated = sum(sequence.num_output_tokens for sequence in group.sequences)
+            if group.readout.generates:
+                generated = sum(sequence.num_output_tokens for sequence in group.sequences)
             if group.beams is not None:
                 self.generation_tokens += generated
         self._prompt_lengths.observe(len(output.prompt_token_ids))

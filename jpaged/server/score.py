@@ -7,10 +7,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from jpaged.readout import SCORING, logprobs_from, with_completion
+from jpaged.readout import SCORING, logprobs_from, scored, with_completion
+from jpaged.server.answers import Usage, final_outputs
 from jpaged.server.errors import ApiError
+from jpaged.server.prompts import TokenizedPrompt, several
 from jpaged.server.protocol import ScoreRequest
-from jpaged.server.service import Service, TokenizedPrompt, Usage, final_outputs, new_id, several
+from jpaged.server.service import Service, new_id
 from jpaged.server.transport import JsonRoute, answer
 from jpaged.streams import Stream
 
@@ -31,7 +33,7 @@ def router_of(service: Service) -> APIRouter:
 
 def _pairs(service: Service, body: ScoreRequest) -> list[TokenizedPrompt]:
     """Each completion behind its prompt."""
-    prompts, completions = service.tokenize(body.prompts, "prompts"), several(body.completions)
+    prompts, completions = service.prompts.tokenize(body.prompts, "prompts"), several(body.completions)
     if not completions or len(completions) > service.config.max_prompts:
         most = service.config.max_prompts
         raise ApiError(400, f"between 1 and {most} completions are scored at once.", param="completions")
@@ -42,8 +44,8 @@ def _pairs(service: Service, body: ScoreRequest) -> list[TokenizedPrompt]:
     pairs = []
     for prompt, completion in zip(prompts, completions, strict=True):
         whole, start = with_completion(service.llm.engine, {"prompt_token_ids": prompt.tokens}, completion)
-        pair = TokenizedPrompt(text=None, tokens=whole["prompt_token_ids"], scored_from=start)
-        pairs.append(service.check_length(pair))
+        pair = TokenizedPrompt(text=None, tokens=whole["prompt_token_ids"], readout=scored(start))
+        pairs.append(service.prompts.check_length(pair))
     return pairs
 
 
@@ -53,7 +55,7 @@ async def _whole(
     usage, data = Usage(), []
     for index, (prompt, output) in enumerate(zip(prompts, await final_outputs(streams), strict=True)):
         usage.add_prompt(output)
-        logprobs = logprobs_from(output, prompt.scored_from)
+        logprobs = logprobs_from(output, prompt.readout.scored_from)  # type: ignore[union-attr]  # it has one
         data.append({"object": "score", "index": index, "score": sum(logprobs), "token_logprobs": logprobs})
     head = {"id": name, "object": "list", "created": int(time.time()), "model": model}
     return {**head, "data": data, "usage": usage.as_dict()}

@@ -17,12 +17,12 @@ from jpaged.outputs import CompletionOutput, LogprobsAt, RequestMetrics, Request
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling.beam_search import BeamSearch, Hypothesis, Node, path
 from jpaged.scheduling.beams import ChosenLogprob, write_back
-from jpaged.sequence import FinishReason, Pooling, Sequence, SequenceGroup
+from jpaged.sequence import FinishReason, Readout, Sequence, SequenceGroup
 
-FORMAT = 1
+FORMAT = 2
 AS_THEY_ARE = (
     *("request_id", "prompt", "prompt_token_ids", "params", "seed", "order"),
-    *("cache_salt", "scored_from", "bypasses_cache", "pooling", "num_cached_tokens"),
+    *("cache_salt", "bypasses_cache", "readout", "num_cached_tokens"),
 )
 """Fields of a `SequenceGroup` that its record has as they are."""
 NONE = -1
@@ -91,9 +91,8 @@ class RequestRecord:
     """(priority, arrival)."""
     max_length: int
     cache_salt: str
-    scored_from: int
     bypasses_cache: bool
-    pooling: Pooling | None
+    readout: Readout
     """What has been pooled so far is not kept: the prompt is computed again."""
     metrics: RequestMetrics
     """In seconds since the epoch."""

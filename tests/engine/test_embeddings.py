@@ -6,6 +6,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.errors import InvalidRequestError
+from jpaged.sequence import Readout
 from tests.engine.support import llm_of
 
 LENGTHS = (1, 15, 16, 17, 50, 201)
@@ -68,7 +69,7 @@ def test_beside_generation_and_scoring(tiny):
     engine.add_request("beside", prompt(40), greedy)
     engine.add_request("scored", prompt(30), SamplingParams(max_tokens=1, prompt_logprobs=0))
     seen = {}
-    engine.add_request("embedded", PROMPTS[4], SamplingParams(max_tokens=4, n=2), pooling="mean")
+    engine.add_request("embedded", PROMPTS[4], SamplingParams(max_tokens=4, n=2), readout=Readout(pooling="mean"))
     while engine.has_unfinished_requests():
         seen |= {output.request_id: output for output in engine.step() if output.finished}
     np.testing.assert_allclose(seen["embedded"].embedding, wanted[4], atol=1e-4, rtol=0)

@@ -8,6 +8,7 @@ import pytest
 from jpaged import SamplingParams
 from jpaged.errors import SnapshotError
 from jpaged.outputs import CompletionOutput, Logprob, RequestMetrics
+from jpaged.sequence import Readout
 from jpaged.server.ledger import Entry, State, decode, encode
 from jpaged.server.tickets import Ticket
 from jpaged.snapshots import RequestRecord, ResultRecord, SequenceRecord, Snapshot
@@ -27,9 +28,8 @@ def request(name, arrival):
         order=(0, arrival),
         max_length=18,
         cache_salt="",
-        scored_from=0,
         bypasses_cache=False,
-        pooling=None,
+        readout=Readout(),
         metrics=RequestMetrics(arrival_time=1.5),
         num_cached_tokens=0,
         prompt_logprobs=None,

@@ -218,3 +218,19 @@ def test_rejections_are_counted_and_say_when_to_come_back(tiny):
 )
 def test_buckets(most, buckets):
     assert one_two_five(most) == buckets
+
+
+def test_what_reads_prompts_alone_generates_nothing(tiny):
+    """Embeddings, scores and echoes need one token to be drawn, which is nobody's."""
+    with serving(tiny(enable_prefix_caching=False)) as live:
+        usages = [
+            live.post("/v1/embeddings", input=["a", "b c"]).json()["usage"],
+            live.post("/v1/score", prompts="a", completions=[" b", " c"]).json()["usage"],
+            live.post("/v1/completions", prompt="a b", max_tokens=0, echo=True, logprobs=1).json()["usage"],
+        ]
+        live.idle()
+        metrics = live.metrics()
+    assert [usage["completion_tokens"] for usage in usages] == [0, 0, 0]
+    assert metrics["prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
+    assert metrics["generation_tokens_total"] == metrics["request_generation_tokens_sum"] == 0
+    assert metrics["request_generation_tokens_count"] == 5
