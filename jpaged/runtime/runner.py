@@ -141,6 +141,9 @@ class Runner:
 
     def compile_forward(self, bucket: Bucket) -> Any:
         """The compiled forward pass of a bucket; compiled, or found in the persistent cache, once."""
+        key = ("forward", bucket) if self.capture is None else ("forward", bucket, self.capture)
+        if key in self._compiled:
+            return self._compiled[key]
         packed = jax.ShapeDtypeStruct((bucket.packed_size,), jnp.int32)
         forward = make_forward(self.model, self.spec.block_size, self.tile_size, bucket, self.capture)
 
@@ -149,7 +152,7 @@ class Runner:
             return forward(jax.tree.unflatten(self._treedef, leaves), *rest)
 
         return self._compile(
-            ("forward", bucket) if self.capture is None else ("forward", bucket, self.capture),
+            key,
             flat_forward,
             (1, 2),
             (self.spec.sharding, self._everywhere, self._everywhere),
@@ -164,10 +167,13 @@ class Runner:
     def compile_sample(self, bucket: Bucket, variant: Variant) -> Any:
         """The compiled sampler for a bucket's number of results."""
         n, variant = bucket.num_results, variant._replace(prompt_logprobs=False)
+        key = ("sample", n, variant)
+        if key in self._compiled:
+            return self._compiled[key]
         one = jax.ShapeDtypeStruct((n,), jnp.int32)
         logits = jax.ShapeDtypeStruct((n, self._vocab_size), jnp.float32)
         return self._compile(
-            ("sample", n, variant),
+            key,
             functools.partial(sample, variant=variant),
             (0,),
             self._everywhere,
