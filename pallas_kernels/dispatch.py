@@ -18,6 +18,10 @@ ENVIRONMENT = "JPAGED_KERNELS"
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic", "jax_triton")
 
 
+class Unsupported(ValueError):
+    """The implementation that was asked for does not take these arguments on this device; says why."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Device:
     """What the kernels want to know of a device."""
@@ -34,7 +38,7 @@ INTERPRETED = {"triton": Device("cuda", 100), "mosaic": Device("cuda", 90), "jax
 """Interpreted kernels take whatever the newest device takes that they are for."""
 
 _ATTENTION = ("paged_decode_attention", "paged_prefill_attention")
-_ONLY = {"mosaic": _ATTENTION, "jax_triton": ("paged_decode_attention",)}
+ONLY = {"mosaic": _ATTENTION, "jax_triton": ("paged_decode_attention",)}
 """Operations of the implementations that have not all; where one of these is asked for, the others are Triton's."""
 
 # Kinds of the abstract devices that one compiles for without having them; a real device tells its capability itself.
@@ -88,19 +92,20 @@ def choose(package: str, operation: str, asked: str | None, *arguments: Any, dev
       arguments: what the module's `unsupported(*arguments, device)` wants to know, to give a reason or None.
 
     Raises:
-      ValueError: what was asked for is unknown or does not support these arguments.
+      ValueError: what was asked for is unknown.
+      Unsupported: it does not support these arguments.
     """
     name = requested(asked)
     if name == "xla" or (name == "auto" and device.platform != "cuda"):
         return "xla", None
-    backend = name if operation in _ONLY.get(name, ()) else "triton"
+    backend = name if operation in ONLY.get(name, ()) else "triton"
     kernels = importlib.import_module(f"{package}.{backend}")
     reason = kernels.unsupported(*arguments, device if device.platform == "cuda" else INTERPRETED[backend])
     if reason is None:
         return backend, None
     if name == "auto":
         return "xla", reason
-    raise ValueError(f"{operation} in {backend} {reason}: leave the implementation to be chosen, or ask for xla")
+    raise Unsupported(f"{operation} in {backend} {reason}: leave the implementation to be chosen, or ask for xla")
 
 
 def implementation(package: str, operation: str, asked: str | None, *arguments: Any) -> Callable:

@@ -1,5 +1,10 @@
-"""The engine with random weights on requests as long as ShareGPT's: tokens a second, and the host's share of a step."""
+"""The engine with random weights on requests as long as ShareGPT's: tokens a second, and the host's share of a step.
 
+First with all the memory there is; then with as few blocks as the paper's OPT-13B had of them, beside schedulers that
+reserve a request's memory at once, as Orca does (section 6.1).
+"""
+
+import dataclasses
 import math
 from typing import Any
 
@@ -13,6 +18,9 @@ from benchmarks.gpu.random_models import model_config, random_model
 PROMPT_MEAN, OUTPUT_MEAN = 161.31, 337.99  # tokens: ShareGPT in the paper (arXiv 2309.06180, figure 11)
 SPREAD = 1.0  # of the logarithm: an assumption, the paper gives histograms only
 LONGEST = 2048
+SCARCE_SLOTS = 15728
+"""Of the paper's OPT-13B (table 1)."""
+SYSTEMS = ("jpaged", "orca-oracle", "orca-max", "orca-pow2")
 SEED = 0
 
 
@@ -25,7 +33,7 @@ def lengths(count: int, mean: float, longest: int, seed: int) -> list[int]:
 def run(recorder: Recorder, _: str) -> None:
     """All requests at once, greedy, each to its own length; once to compile and once to measure."""
     try:
-        import jpaged.engine  # noqa: F401
+        from jpaged import LLMEngine
     except ImportError as error:
         raise Skipped(f"the engine needs what is not installed: {error}") from error
     from benchmarks.engine import replay
@@ -35,7 +43,8 @@ def run(recorder: Recorder, _: str) -> None:
     longest = 32 if dry else LONGEST // 2
     prompts = lengths(count, PROMPT_MEAN / (10 if dry else 1), longest, SEED)
     outputs = lengths(count, OUTPUT_MEAN / (40 if dry else 1), longest - 1, SEED + 1)
-    engine = _engine(dry, max_num_seqs=4 if dry else 256, max_model_len=64 if dry else LONGEST)
+    config, parts = _parts(dry, max_num_seqs=4 if dry else 256, max_model_len=64 if dry else LONGEST)
+    engine = LLMEngine(config, components=parts)
     rng = np.random.default_rng(SEED)
     vocabulary = engine.model_config.vocab_size
     requests = [
@@ -46,11 +55,27 @@ def run(recorder: Recorder, _: str) -> None:
     recorder.case({"round": "warm-up"} | about, lambda: replay(engine, requests)[0])
     engine.blocks.reset_prefix_cache()
     recorder.case({"round": "measured"} | about, lambda: replay(engine, requests)[0])
+    few, slots = requests[: max(count // 4, 2)], 160 if dry else SCARCE_SLOTS
+    for label, system in (("warm-up, few slots", SYSTEMS[0]), *zip(SYSTEMS, SYSTEMS, strict=True)):
+        row = {"round": label, "requests": len(few), "slots": slots}
+        recorder.case(row, lambda system=system: replay(_scarce(config, parts, system, slots), few)[0])
 
 
-def _engine(dry: bool, max_num_seqs: int, max_model_len: int):
-    """An engine without a checkpoint: what `jpaged.startup.build` does after loading one."""
-    from jpaged import EngineConfig, LLMEngine
+def _scarce(config: Any, parts: Any, system: str, slots: int) -> Any:
+    """An engine with the same runner, and another scheduler over fewer blocks."""
+    from benchmarks.paper.systems import Settings, Shapes, make_scheduler
+    from jpaged import LLMEngine
+    from jpaged.startup import resolve_limits
+
+    limits = resolve_limits(config, parts.model_config, parts.runner.spec.dtype)
+    shapes = Shapes(config.max_num_seqs, limits.tile_size, limits.max_num_batched_tokens, limits.buckets)
+    scheduler = make_scheduler(system, Settings(slots, config.block_size, config.max_model_len), shapes)
+    return LLMEngine(config, components=dataclasses.replace(parts, scheduler=scheduler, blocks=scheduler.blocks))
+
+
+def _parts(dry: bool, max_num_seqs: int, max_model_len: int) -> tuple[Any, Any]:
+    """(Configuration, components) without a checkpoint: what `jpaged.startup.build` does after loading one."""
+    from jpaged import EngineConfig
     from jpaged.memory import BlockManager
     from jpaged.runtime.kv_pool import KVPoolSpec
     from jpaged.runtime.runner import Runner
@@ -87,7 +112,7 @@ def _engine(dry: bool, max_num_seqs: int, max_model_len: int):
     components = Components(
         model_config=model, generation_config={}, eos_token_ids=frozenset(), max_model_len=max_model_len, **parts
     )
-    return LLMEngine(config, components=components)
+    return config, components
 
 
 def _num_blocks(spec, useful: int) -> int:

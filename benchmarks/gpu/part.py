@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import timing
+from pallas_kernels.dispatch import Unsupported
 
 
 class Skipped(Exception):
@@ -51,7 +52,7 @@ class Recorder:
             return {}
         try:
             row = description | measure()
-        except Skipped as reason:
+        except (Skipped, Unsupported) as reason:
             row = description | {"skipped": str(reason)}
         except Exception as error:  # whatever a kernel or the compiler does: the next case may work
             row = description | {"error": f"{type(error).__name__}: {str(error).strip()[:300]}"}

@@ -22,7 +22,7 @@ def run(recorder: Recorder, _: str) -> None:
     dry = recorder.dry_run
     row = recorder.case({"of": "matmul"}, lambda: {"TFLOP/s": _matmul(dry)})
     product = row.get("TFLOP/s")
-    for implementation in ("triton", "cudnn", "xla"):
+    for implementation in ("triton", "cudnn", "mosaic", "xla"):
         for heads in ((4, 2),) if dry else HEADS:
             for case in DRY_CASES if dry else CASES:
                 about = dict(zip(("rows", "cached", "queries"), case, strict=True))

@@ -1,12 +1,14 @@
 """Runs the parts, each in a process of its own, and ends with a table.
 
-    benchmarks/gpu/run.sh                                  all parts; about ten minutes on an H100
+    benchmarks/gpu/run.sh                                  all parts, in ten minutes; --minutes N for more cases
     benchmarks/gpu/run.sh --part bandwidth --part step     those whose names begin so
     benchmarks/gpu/run.sh --part my.module:argument        a part of one's own: run(recorder, argument)
     benchmarks/gpu/run.sh --dry-run                        tiny shapes on CPU: whether everything runs at all
 
-A part leaves OUTPUT/PART.json, written after every case. A part that is complete is not run again unless --again is
-given, so that a run that was cut short goes on. A part that fails, dies or hangs is reported, and the rest goes on.
+The time is dealt out by the parts' shares, the most telling parts first; what a part leaves goes to those after it, and
+cases that are left without time are counted. A part leaves OUTPUT/PART.json, written after every case. A part that is
+complete is not run again unless --again is given, so that a run that was cut short goes on. A part that fails, dies or
+hangs is reported, and the rest goes on. It ends with OUTPUT/table.md and, where matplotlib is installed, plots.
 """
 
 import argparse
@@ -14,9 +16,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.gpu import plots
 from benchmarks.gpu.report import complaints, markdown
 
 
@@ -25,21 +29,31 @@ class Part(NamedTuple):
 
     module: str
     argument: str
-    budget: int
-    """Seconds after which no further case is begun."""
+    share: int
+    """Of the time, about in seconds of ten minutes; when it is up, no further case is begun."""
+    memory: float = 0.92
+    """Of the GPU, which JAX takes at once."""
 
 
 PARTS = {
-    "correctness-xla": Part("benchmarks.gpu.correctness", "xla", 60),
-    "correctness-triton": Part("benchmarks.gpu.correctness", "triton", 70),
-    "tune": Part("benchmarks.gpu.tune", "", 80),
-    "bandwidth-triton": Part("benchmarks.gpu.bandwidth", "triton", 80),
-    "bandwidth-xla": Part("benchmarks.gpu.bandwidth", "xla", 50),
-    "prefill": Part("benchmarks.gpu.prefill", "", 60),
-    "memory": Part("benchmarks.gpu.memory", "", 30),
-    "step-llama": Part("benchmarks.gpu.step", "llama-3-8b", 50),
-    "step-opt": Part("benchmarks.gpu.step", "opt-13b", 50),
-    "engine": Part("benchmarks.gpu.engine", "", 90),
+    "correctness-triton": Part("benchmarks.gpu.correctness", "triton", 50),
+    "tune": Part("benchmarks.gpu.tune", "", 60),
+    "bandwidth-triton": Part("benchmarks.gpu.bandwidth", "triton", 60),
+    "step-llama": Part("benchmarks.gpu.step", "llama-3-8b", 45),
+    "prefill": Part("benchmarks.gpu.prefill", "", 50),
+    "engine": Part("benchmarks.gpu.engine", "", 80),
+    "memory": Part("benchmarks.gpu.memory", "", 20),
+    "compare-jpaged": Part("benchmarks.gpu.compare", "jpaged", 10),
+    "compare-jax": Part("benchmarks.gpu.compare", "jax", 15),
+    "compare-torch": Part("benchmarks.gpu.compare", "torch", 10, memory=0.2),
+    "compare-flashinfer": Part("benchmarks.gpu.compare", "flashinfer", 20, memory=0.2),
+    "correctness-mosaic": Part("benchmarks.gpu.correctness", "mosaic", 25),
+    "bandwidth-mosaic": Part("benchmarks.gpu.bandwidth", "mosaic", 25),
+    "correctness-jax_triton": Part("benchmarks.gpu.correctness", "jax_triton", 20),
+    "bandwidth-jax_triton": Part("benchmarks.gpu.bandwidth", "jax_triton", 25),
+    "step-opt": Part("benchmarks.gpu.step", "opt-13b", 40),
+    "correctness-xla": Part("benchmarks.gpu.correctness", "xla", 30),
+    "bandwidth-xla": Part("benchmarks.gpu.bandwidth", "xla", 15),
 }
 GRACE = 60  # seconds that a part may take beyond its budget: starting, and the case that it has begun
 
@@ -48,19 +62,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", action="append", help="name, beginning of names, or module:argument")
     parser.add_argument("--output", type=Path, default=Path("gpu-results"))
+    parser.add_argument("--minutes", type=float, default=10.0, help="for all parts together")
     parser.add_argument("--again", action="store_true", help="run parts that are complete already")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on CPU; nothing in it is a measurement")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     chosen = choose(args.part)
-    results = {}
-    for name, part in chosen.items():
-        path = args.output / f"{name}.json"
-        if args.again or not is_complete(path, args.dry_run):
-            print(f"{name} ...", file=sys.stderr, flush=True)
-            run_part(name, part, path, args.dry_run)
-        results[name] = json.loads(path.read_text())
+    paths = {name: args.output / f"{name}.json" for name in chosen}
+    waiting = {n: part for n, part in chosen.items() if args.again or not is_complete(paths[n], args.dry_run)}
+    end, shares = time.monotonic() + 60 * args.minutes, sum(part.share for part in waiting.values())
+    for name, part in waiting.items():
+        budget = max(end - time.monotonic(), 0.0) * part.share / shares
+        shares -= part.share
+        print(f"{name}: {budget:.0f} s", file=sys.stderr, flush=True)
+        run_part(name, part, budget, paths[name], args.dry_run)
+    results = {name: json.loads(path.read_text()) for name, path in paths.items()}
     table = markdown(results)
+    drawn = plots.draw(results, args.output)
+    table += "".join(f"![{path.stem}]({path.name})\n" for path in drawn)
     (args.output / "table.md").write_text(table)
     print(table)
     wrong = [f"{name}: {text}" for name, result in results.items() for text in complaints(result)]
@@ -98,21 +117,21 @@ def is_complete(path: Path, dry_run: bool) -> bool:
     return result["complete"] and result["error"] is None and result["dry_run"] == dry_run
 
 
-def run_part(name: str, part: Part, path: Path, dry_run: bool) -> None:
+def run_part(name: str, part: Part, budget: float, path: Path, dry_run: bool) -> None:
     """Runs a part to its end or to its death; afterwards there is a JSON file that says which."""
     path.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmarks.gpu.part", name, part.module, part.argument, str(path)]
-    command += [str(part.budget)] + (["--dry-run"] if dry_run else [])
-    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92"} | os.environ
+    command += [str(budget)] + (["--dry-run"] if dry_run else [])
+    environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": str(part.memory)} | os.environ
     if dry_run:
-        environment["JAX_PLATFORMS"] = "cpu"
+        environment |= {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "1"}
         flags = os.environ.get("XLA_FLAGS", "")
         environment["XLA_FLAGS"] = f"{flags} --xla_backend_optimization_level=0"  # compiles sooner
     try:
-        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=part.budget + GRACE)
+        done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, timeout=budget + GRACE)
         error, tail = f"ended with exit status {done.returncode}", done.stderr
     except subprocess.TimeoutExpired as expired:
-        error = f"stopped after {part.budget + GRACE} seconds"
+        error = f"stopped after {budget + GRACE:.0f} seconds"
         tail = expired.stderr.decode(errors="replace") if isinstance(expired.stderr, bytes) else expired.stderr or ""
     try:
         result = json.loads(path.read_text())

@@ -19,7 +19,7 @@ from jpaged.scheduling.plan import Bucket, split_packed
 BLOCK_SIZE, TILE_SIZE = 16, 16
 CASES = {  # (batch, context) of rows that are all equally long
     "llama-3-8b": ((64, 1024), (1, 1024), (8, 1024), (32, 1024), (128, 1024), (256, 1024), (8, 8000)),
-    "opt-13b": ((32, 512), (1, 512), (8, 512), (64, 512), (8, 2000)),
+    "opt-13b": ((32, 512), (1, 512), (8, 512), (64, 512), (256, 100), (8, 2000)),
 }
 DRY_CASES = ((2, 40),)
 STEP_BYTES = 3 << 30  # left free for what a step needs

@@ -19,12 +19,18 @@ def rehearse() -> None:
     SAMPLE_SECONDS, SAMPLES = 0.0, 1
 
 
-def seconds(call: Callable[[Any], Any], state: Any) -> tuple[float, Any]:
-    """(median seconds of one `call`, last state). `call` maps a state to the next one, which it may donate."""
-    state = jax.block_until_ready(call(state))  # compiles
-    state = jax.block_until_ready(call(state))
+def seconds(
+    call: Callable[[Any], Any], state: Any, wait: Callable[[Any], Any] = jax.block_until_ready
+) -> tuple[float, Any]:
+    """(median seconds of one `call`, last state). `call` maps a state to the next one, which it may donate.
+
+    Args:
+      wait: returns a state when it is there.
+    """
+    state = wait(call(state))  # compiles
+    state = wait(call(state))
     start = time.perf_counter()
-    state = jax.block_until_ready(call(state))
+    state = wait(call(state))
     once = time.perf_counter() - start
     count = min(max(round(SAMPLE_SECONDS / once), 1), 200)
     times = []
@@ -32,7 +38,7 @@ def seconds(call: Callable[[Any], Any], state: Any) -> tuple[float, Any]:
         start = time.perf_counter()
         for _ in range(count):
             state = call(state)
-        jax.block_until_ready(state)
+        wait(state)
         times.append((time.perf_counter() - start) / count)
     return statistics.median(times), state
 

@@ -81,8 +81,8 @@ def paged_decode_attention(
     a pool of keys alone they are sums of whole keys, of which the caller takes the columns that are values.
 
     Raises:
-      ValueError: the implementation asked for is unknown or does not support these arguments.
-      ImportError: it needs a package that is not installed.
+      ValueError: the implementation asked for is unknown.
+      dispatch.Unsupported: a ValueError; it does not support these arguments, or needs a package that is not installed.
       NotImplementedError: when differentiated.
     """
     attend = functools.partial(

@@ -5,6 +5,7 @@ merged in XLA. Interpreted and compiled, never run: it must be asked for by name
 them. Needs the package jax-triton, which jpaged's extra `cuda` installs.
 """
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from pallas_kernels.dispatch import Device
 from pallas_kernels.paged_attention.merge import merge_items
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.shared import SharedPrefixes
-from pallas_kernels.paged_attention.splits import num_items, plan_splits
+from pallas_kernels.paged_attention.splits import most_items, num_items, plan_splits
 from pallas_kernels.paged_attention.triton import unsupported as unsupported_in_triton
 from pallas_kernels.paged_attention.tuned import tiles_for
 
@@ -24,6 +25,8 @@ MOST_HEADS = 64  # query heads of a program
 
 def unsupported(q: jax.Array, kv: KV, device: Device) -> str | None:
     """Why this kernel cannot take these arguments on this device; None: it can."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return "needs the package jax-triton (pip install jax-triton)"
     if q.shape[-2] // pool_values(kv).shape[2] > MOST_HEADS:
         return f"takes at most {MOST_HEADS} query heads for one of keys"
     return unsupported_in_triton(q, kv, device)
@@ -47,7 +50,7 @@ def paged_decode_attention(
     """See `api.paged_decode_attention`.
 
     Raises:
-      ImportError: jax-triton is not installed, or Triton was not imported with TRITON_INTERPRET=1 and is to interpret.
+      ImportError: jax-triton cannot be imported, or Triton is to interpret and was imported without TRITON_INTERPRET=1.
     """
     del shared
     # Here, and not above: `unsupported` is for everybody, the kernel for those who have Triton.
@@ -64,14 +67,14 @@ def paged_decode_attention(
         "fewest": -(-FEWEST_TOKENS // tiles.tokens),
         "fixed": None if split_tokens is None else -(-split_tokens // tiles.tokens),
     }
-    items = plan_splits(begins, lengths, tile=tiles.tokens, **cut).items
+    splits = plan_splits(begins, lengths, tile=tiles.tokens, **cut)
     scales = kv.scales if isinstance(kv, QuantizedKV) else None
     sums, high, total = attend_items(
-        (q, values, scales, tables, begins, lengths, items),
+        (q, values, scales, tables, begins, lengths, splits.items),
         (num_items(rows, **cut), kv_heads, heads // kv_heads, size),
         {"block_size": block_size, "scale": scale, "cap": logit_soft_cap},
         tiles,
         interpret,
     )
-    out, lse = merge_items(sums, high, total, items[:, 0], lengths, sinks)
+    out, lse = merge_items(sums, high, total, splits, most_items(**cut), lengths, sinks)
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)

@@ -20,8 +20,8 @@ try:
     import triton.language as tl
 except ImportError as error:
     raise ImportError(
-        f"the implementation 'jax_triton' needs the package jax-triton ({error}): pip install jax-triton, or leave the "
-        "implementation to be chosen"
+        f"the implementation 'jax_triton' needs the packages jax-triton and triton, and a jax that they know: {error}. "
+        "Install them, or leave the implementation to be chosen"
     ) from error
 
 PTX_VERSION = 87  # else Triton 3.9 writes 9.4, which ptxas of CUDA 13.0 does not know: jaxlib takes the first in PATH

@@ -4,37 +4,58 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.softcap import LOG2_E
+from pallas_kernels.paged_attention.splits import Splits
 
 LOWEST = -1e30
 """Where a running maximum starts: finite, so that what sees nothing gives zeros and no NaN."""
 
 
 def merge_items(
-    sums: jax.Array, high: jax.Array, total: jax.Array, owners: jax.Array, lengths: jax.Array, sinks: jax.Array | None
+    sums: jax.Array,
+    high: jax.Array,
+    total: jax.Array,
+    splits: Splits,
+    most: int,
+    lengths: jax.Array,
+    sinks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Results of rows from those of the items that `plan_splits` cut them into.
+
+    A scatter would add a row's items in any order. Here each item takes in its neighbour, then what is two items
+    before, then four: how a row is summed depends on nothing but the number of its own items.
 
     Args:
       sums: float32 [N, Hkv, G, D]: values weighed by exp2(score - high), not normalised.
       high, total: float32 [N, Hkv, G]: the largest score, in units of log2, and the sum of exp2(score - high).
-      owners: int32 [N]: each item's row; -1: nobody's.
+      most: items that a row may have.
       lengths: int32 [R]: of rows; 0 marks padding.
       sinks: [Hkv * G]: each head's score that has no value.
 
     Returns: float32 [R, Hkv * G, D], and the log-sum-exp [R, Hkv * G], -inf for padding.
     """
     rows, heads = lengths.shape[0], high.shape[1] * high.shape[2]
-    owners = jnp.where(owners < 0, rows, owners)
-    highest = jnp.maximum(jax.ops.segment_max(high, owners, rows + 1), LOWEST)
+    state, distance = (high, total, sums), 1
+    while distance < most:
+        before = jax.tree.map(lambda x, by=distance: jnp.roll(x, by, axis=0), state)
+        has_one = (splits.items[:, 3] >= distance)[:, None, None]
+        merged = _merge(before, state)
+        state = jax.tree.map(lambda new, old, mask=has_one: _where(mask, new, old), merged, state)
+        distance *= 2
+    high, total, sums = jax.tree.map(lambda x: x[splits.rows.sum(axis=1) - 1], state)
     if sinks is not None:
-        sink = sinks.astype(jnp.float32).reshape(high.shape[1:]) * LOG2_E
-        highest = jnp.maximum(highest, sink)
-    shrink = jnp.where(total > 0, jnp.exp2(high - highest[owners]), 0.0)
-    total = jax.ops.segment_sum(total * shrink, owners, rows + 1)
-    if sinks is not None:
-        total = total + jnp.exp2(sink - highest)
-    out = jax.ops.segment_sum(sums * shrink[..., None], owners, rows + 1)
+        sink = jnp.broadcast_to(sinks.astype(jnp.float32).reshape(high.shape[1:]) * LOG2_E, high.shape)
+        high, total, sums = _merge((high, total, sums), (sink, jnp.ones_like(total), jnp.zeros_like(sums)))
     safe = jnp.maximum(total, 1e-37)
-    out = (out / safe[..., None])[:rows].reshape(rows, heads, -1)
-    lse = ((highest + jnp.log2(safe)) / LOG2_E)[:rows].reshape(rows, heads)
-    return out, jnp.where(lengths[:, None] > 0, lse, -jnp.inf)
+    lse = ((high + jnp.log2(safe)) / LOG2_E).reshape(rows, heads)
+    return (sums / safe[..., None]).reshape(rows, heads, -1), jnp.where(lengths[:, None] > 0, lse, -jnp.inf)
+
+
+def _merge(a: tuple, b: tuple) -> tuple:
+    """Two online softmaxes as one: (maximum, sum, output)."""
+    high = jnp.maximum(a[0], b[0])
+    of_a, of_b = jnp.exp2(a[0] - high), jnp.exp2(b[0] - high)
+    return high, a[1] * of_a + b[1] * of_b, a[2] * of_a[..., None] + b[2] * of_b[..., None]
+
+
+def _where(mask: jax.Array, new: jax.Array, old: jax.Array) -> jax.Array:
+    return jnp.where(mask.reshape(mask.shape[:1] + (1,) * (new.ndim - 1)), new, old)

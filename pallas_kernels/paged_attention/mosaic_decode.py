@@ -18,7 +18,7 @@ from pallas_kernels.paged_attention.merge import LOWEST, merge_items
 from pallas_kernels.paged_attention.mosaic_softmax import ROWS, TILE_TOKENS, iota, nothing_seen, swizzled
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.softcap import soft_capped
-from pallas_kernels.paged_attention.splits import num_items, plan_splits
+from pallas_kernels.paged_attention.splits import most_items, num_items, plan_splits
 
 PROGRAMS = 132 * 2  # two for each multiprocessor: 80 KB of shared memory and 128 threads each
 FEWEST_TOKENS = 256
@@ -117,7 +117,7 @@ def paged_decode_attention(
         "fewest": FEWEST_TOKENS // TILE_TOKENS,
         "fixed": None if split_tokens is None else pl.cdiv(split_tokens, TILE_TOKENS),
     }
-    items, count = plan_splits(begins, lengths, tile=TILE_TOKENS, **cut).items, num_items(rows, **cut)
+    splits, count = plan_splits(begins, lengths, tile=TILE_TOKENS, **cut), num_items(rows, **cut)
     stacked = jnp.pad(q.reshape(rows, kv_heads, group, size), ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
     kept = -(-group // 8) * 8
     tile = functools.partial(swizzled, dtype=q.dtype)
@@ -143,6 +143,8 @@ def paged_decode_attention(
             plgpu.Barrier(num_barriers=STAGES, num_arrivals=arrivals),
         ],
         interpret=plgpu.InterpretGPUParams() if interpret else False,
-    )(stacked, kv, tables, items, begins, lengths)
-    out, lse = merge_items(sums[:, :, :group], high[..., :group], total[..., :group], items[:, 0], lengths, sinks)
+    )(stacked, kv, tables, splits.items, begins, lengths)
+    out, lse = merge_items(
+        sums[:, :, :group], high[..., :group], total[..., :group], splits, most_items(**cut), lengths, sinks
+    )
     return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)

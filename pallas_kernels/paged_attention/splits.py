@@ -21,9 +21,14 @@ class Splits(NamedTuple):
 
 def num_items(rows: int, *, width_tiles: int, programs: int, fewest: int, fixed: int | None) -> int:
     """Upper bound of the items of `plan_splits`, known before the lengths are."""
-    smallest = fewest if fixed is None else fixed
-    finest = rows * max(1, -(-width_tiles // smallest))
-    return finest if fixed is not None else min(finest, rows + programs)
+    most = most_items(width_tiles=width_tiles, programs=programs, fewest=fewest, fixed=fixed)
+    return rows * most if fixed is not None else min(rows * most, rows + programs)
+
+
+def most_items(*, width_tiles: int, programs: int, fewest: int, fixed: int | None) -> int:
+    """Upper bound of the items of one row."""
+    finest = max(1, -(-width_tiles // (fewest if fixed is None else fixed)))
+    return finest if fixed is not None else min(finest, programs)
 
 
 def plan_splits(

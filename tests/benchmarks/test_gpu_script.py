@@ -1,5 +1,6 @@
 """The measurements for a GPU, on CPU: what fails is reported and does not stop the rest, and a run resumes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.gpu import engine
+from benchmarks.gpu import engine, plots
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,6 +75,33 @@ def test_a_complete_part_is_not_run_again_unless_asked(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"complete": False}))
     script(tmp_path, "--part=counted:runs")
     assert runs.read_text() == "xxx", "cut short: once more"
+
+
+def test_cases_without_time_are_counted(tmp_path):
+    (tmp_path / "broken.py").write_text(BROKEN)
+    assert script(tmp_path, "--part=broken:slow", "--minutes=0").returncode == 0
+    result = results(tmp_path)["broken-slow"]
+    assert (result["rows"], result["left_out"], result["complete"]) == ([], 3, True)
+    assert "3 cases were left out for lack of time" in (tmp_path / "table.md").read_text()
+
+
+def test_what_the_plots_show():
+    rows = [{"heads": "copy", "GB/s": 3000.0}, {"heads": "32/8", "batch": 8, "context": 1024, "skipped": "no room"}]
+    rows += [
+        {"heads": "32/8", "batch": b, "context": c, "of copy": x}
+        for b, c, x in ((8, 128, 0.5), (1, 1024, 0.4), (8, 1024, 0.9))
+    ]
+    steps = [{"step": "m", "batch": b, "context": 100, "floor / step": x} for b, x in ((64, 0.8), (1, 0.7))]
+    found = {"bandwidth-triton": {"rows": rows}, "step-m": {"rows": [{"step": "copy", "GB/s": 3000.0}, *steps]}}
+    assert plots.bandwidth_lines(found) == {"triton 32/8": [(1024, 0.5), (8192, 0.9)]}
+    assert plots.step_lines(found) == {"m, context 100": [(1, 0.7), (64, 0.8)]}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is missing")
+def test_plots_are_drawn(tmp_path):
+    found = {"step-m": {"rows": [{"step": "m", "batch": 1, "context": 100, "floor / step": 0.7}]}}
+    assert plots.draw(found, tmp_path) == [tmp_path / "step.svg"]
+    assert "<svg" in (tmp_path / "step.svg").read_text()
 
 
 def test_lengths_are_the_seeds_and_have_the_mean():

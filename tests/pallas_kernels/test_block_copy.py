@@ -31,23 +31,23 @@ def pool_and_values(kind, layers=3):
 
 
 @pytest.mark.parametrize(("kind", "implementation"), RUNS)
-@pytest.mark.parametrize("count", [0, 3, 5])
-def test_copy(kind, implementation, count):
+def test_copy(kind, implementation):
     """Only the first `count` are real; what stands behind them is not even looked at."""
-    pool, expected = pool_and_values(kind)
+    copy = jax.jit(functools.partial(copy_blocks, implementation=implementation), donate_argnums=0)
     sources = np.array([4, 4, 9, 1, 4], np.int32)  # one block may have many copies
     destinations = np.array([2, 3, 5, 7, 11], np.int32)
-    for values in expected:
-        values[destinations[:count]] = values[sources[:count]]
-    copy = jax.jit(functools.partial(copy_blocks, implementation=implementation), donate_argnums=0)
-    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)]
-    pool = copy(pool, sources, destinations, np.int32(count))
-    # With jax 0.11, XLA:CPU copies pools of narrower floats.
-    in_place = jax.__version_info__ >= (0, 12) or all(leaf.dtype.itemsize == 4 for leaf in jax.tree.leaves(pool))
-    if implementation == "xla" and in_place:
-        assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)] == pointers, "in place"
-    for leaf, values in zip(jax.tree.leaves(pool), expected, strict=True):
-        np.testing.assert_array_equal(leaf, values)
+    for count in (0, 3, 5):
+        pool, expected = pool_and_values(kind)
+        for values in expected:
+            values[destinations[:count]] = values[sources[:count]]
+        pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)]
+        pool = copy(pool, sources, destinations, np.int32(count))
+        # With jax 0.11, XLA:CPU copies pools of narrower floats.
+        in_place = jax.__version_info__ >= (0, 12) or all(leaf.dtype.itemsize == 4 for leaf in jax.tree.leaves(pool))
+        if implementation == "xla" and in_place:
+            assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(pool)] == pointers, "in place"
+        for leaf, values in zip(jax.tree.leaves(pool), expected, strict=True):
+            np.testing.assert_array_equal(leaf, values)
 
 
 @pytest.mark.parametrize(("kind", "implementation"), RUNS)

@@ -1,6 +1,8 @@
 """Which implementation runs where: docs/kernels.md's table is what the code chooses; what falls back says so."""
 
 import functools
+import importlib
+import importlib.util
 import sys
 import warnings
 from pathlib import Path
@@ -81,9 +83,16 @@ def test_what_a_gpu_has_no_kernel_for_is_told(monkeypatch):
         traced_for("NVIDIA A100-SXM4-80GB", "float8_e4m3fn")
 
 
+@pytest.mark.skipif(importlib.util.find_spec("jax_triton") is not None, reason="jax-triton is installed")
 def test_jax_triton_that_is_not_installed(monkeypatch):
+    monkeypatch.setenv("JPAGED_KERNELS", "jax_triton")
+    with pytest.raises(dispatch.Unsupported, match="in jax_triton needs the package jax-triton"):
+        traced_for("NVIDIA H200", "bfloat16")
+
+
+def test_jax_triton_that_cannot_be_imported(monkeypatch):
+    """It wants a jax of certain versions."""
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     monkeypatch.delitem(sys.modules, "pallas_kernels.paged_attention.jax_triton_kernel", raising=False)
-    monkeypatch.setenv("JPAGED_KERNELS", "jax_triton")
-    with pytest.raises(ImportError, match="pip install jax-triton"):
-        traced_for("NVIDIA H200", "bfloat16")
+    with pytest.raises(ImportError, match="leave the implementation to be chosen"):
+        importlib.import_module("pallas_kernels.paged_attention.jax_triton_kernel")

@@ -26,8 +26,9 @@ def kernels_in(function, *avals) -> int:
     return lowered.as_text().count("__gpu$xla.gpu.triton")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [*(("bfloat16", size) for size in (64, 80, 96, 128, 256)), ("float32", 80), ("float16", 128)]
+)
 def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
     monkeypatch.delenv("JPAGED_KERNELS", raising=False)
     aval, rows, group = jax.ShapeDtypeStruct, 4, 3
@@ -49,10 +50,14 @@ def test_attention_is_lowered_to_kernels(dtype, size, monkeypatch):
 def test_mosaic_is_lowered_where_it_is_asked_for(size):
     aval, rows = jax.ShapeDtypeStruct, 4
     kv, row = aval(pool_shape(100, 16, 2, size), "bfloat16"), aval((rows,), "int32")
+    tables = aval((rows, 100), "int32")
     decode = functools.partial(paged_decode_attention, **OPTIONS, implementation="mosaic")
-    with jax.sharding.use_abstract_mesh(GPU):
-        traced = jax.jit(decode).trace(aval((rows, 6, size), "bfloat16"), kv, aval((rows, 100), "int32"), row)
-        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call @mosaic_gpu") == 1
+    prefill = functools.partial(paged_prefill_attention, **OPTIONS, implementation="mosaic")
+    q, queries = aval((rows, 6, size), "bfloat16"), aval((rows, 50, 6, size), "bfloat16")
+    for attend, arguments in ((decode, (q, kv, tables, row)), (prefill, (queries, kv, tables, row, row))):
+        with jax.sharding.use_abstract_mesh(GPU):
+            lowered = jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
 
 
 def test_a_head_size_without_a_kernel_falls_back(monkeypatch):

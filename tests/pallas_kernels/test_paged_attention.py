@@ -209,19 +209,20 @@ def test_without_lse_the_same_output(implementation):
     np.testing.assert_allclose(both[0], decode(made, implementation=implementation), atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "triton"])
+@pytest.mark.parametrize("implementation", ["xla", "triton", pytest.param("jax_triton", marks=needs_jax_triton)])
 def test_the_null_block_is_never_read(implementation):
     """Whatever padding wrote there: a row's result does not feel it."""
     made = make("smollm2")
     one = decode(made, implementation=implementation)
     other = decode(
-        made._replace(kv=made.kv.at[0].set(jnp.nan if implementation == "triton" else 7.0)),
+        made._replace(kv=made.kv.at[0].set(7.0 if implementation == "xla" else jnp.nan)),
         implementation=implementation,
     )
     np.testing.assert_array_equal(one, other)
 
 
-def test_fixed_splits_do_not_depend_on_the_batch():
+@pytest.mark.parametrize("implementation", ["triton", pytest.param("jax_triton", marks=needs_jax_triton)])
+def test_fixed_splits_do_not_depend_on_the_batch(implementation):
     """Bitwise: alone, among others, in another place. Shares that follow the batch cut the row elsewhere."""
     made = make("one row, long")
     crowd = made._replace(
@@ -229,14 +230,14 @@ def test_fixed_splits_do_not_depend_on_the_batch():
         tables=np.concatenate([made.tables] * 3),
         lengths=np.concatenate([made.lengths, made.lengths, made.lengths // 3]),
     )
-    alone = decode(made, split_tokens=128, implementation="triton")
-    np.testing.assert_array_equal(alone[0], decode(crowd, split_tokens=128, implementation="triton")[1])
+    alone = decode(made, split_tokens=128, implementation=implementation)
+    np.testing.assert_array_equal(alone[0], decode(crowd, split_tokens=128, implementation=implementation)[1])
     shared = SharedPrefixes(jnp.asarray([[0, 1, 2]]), jnp.asarray([128]))
-    among_sharers = decode(crowd, split_tokens=128, implementation="triton", shared=shared)
+    among_sharers = decode(crowd, split_tokens=128, implementation=implementation, shared=shared)
     np.testing.assert_array_equal(alone[0], among_sharers[1])
     wider = made._replace(tables=np.pad(made.tables, ((0, 0), (0, 40))))
-    np.testing.assert_array_equal(alone, decode(wider, split_tokens=128, implementation="triton"))
-    assert (np.asarray(alone) != np.asarray(decode(made, split_tokens=256, implementation="triton"))).any()
+    np.testing.assert_array_equal(alone, decode(wider, split_tokens=128, implementation=implementation))
+    assert (np.asarray(alone) != np.asarray(decode(made, split_tokens=256, implementation=implementation))).any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])
