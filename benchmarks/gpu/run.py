@@ -55,7 +55,7 @@ PARTS = {
     "correctness-xla": Part("benchmarks.gpu.correctness", "xla", 30),
     "bandwidth-xla": Part("benchmarks.gpu.bandwidth", "xla", 15),
 }
-GRACE = 60  # seconds that a part may take beyond its budget: starting, and the case that it has begun
+GRACE = 120  # seconds that a part may take beyond its budget: starting, and the case that it has begun
 
 
 def main() -> int:
