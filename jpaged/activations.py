@@ -119,7 +119,7 @@ def capture(llm: LLM | LLMEngine, layers: list[int], sites: tuple[str, ...] = ("
         raise InvalidConfigError(f"layers={list(layers)} must be some of {-count} to {count - 1}.")
     if not sites or not set(sites) <= set(SITES):
         raise InvalidConfigError(f"sites={list(sites)} must be some of {', '.join(SITES)}.")
-    if runner.capture is not None or engine.has_unfinished_requests():
+    if runner.capture is not None or engine.num_unfinished_requests:
         raise InvalidConfigError("this engine is at work, or captured from already: begin when it is idle.")
     record = Record(Capture(tuple(sites), tuple(layer % count for layer in layers)), runner.tile_size)
     ignore, runner.on_captured = runner.on_captured, record.add

@@ -92,3 +92,21 @@ def test_what_can_not_be_captured_is_refused(tiny):
     with pytest.raises(KeyError):
         record["nobody"]
     assert llm.generate(prompt(5, 1), greedy(2))[0].finished
+
+
+def test_after_an_answer_that_ended_by_itself(tiny):
+    """The engine was a step ahead then, and that step is for nobody: the engine is idle all the same."""
+    llm = llm_of(tiny())
+    [first] = llm.generate(prompt(20, 5), greedy(1))
+    stop = SamplingParams(temperature=0, max_tokens=9, stop_token_ids=list(first.outputs[0].token_ids))
+    llm.generate(prompt(20, 5), stop)
+    assert llm.engine.has_unfinished_requests(), "a step is in flight"
+    with jpaged.capture(llm, [0]) as record:
+        [output] = llm.generate(prompt(20, 7), greedy(4))
+    check(
+        llm.engine.runner,
+        record,
+        output.request_id,
+        prompt(20, 7)["prompt_token_ids"] + output.outputs[0].token_ids,
+        [0],
+    )
