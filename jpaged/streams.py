@@ -11,7 +11,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Self
 
-from jpaged.outputs import RequestOutput
+from jpaged.outputs import RequestOutput, changed
 from jpaged.sampling_params import RequestOutputKind
 from jpaged.snapshots import Snapshot
 
@@ -70,7 +70,7 @@ class Stream:
         for completion in output.outputs:
             new.append(completion.after(*self._taken.get(completion.index, (0, 0))))
             self._taken[completion.index] = len(completion.token_ids), len(completion.text)
-        return dataclasses.replace(output, outputs=new)
+        return changed(output, outputs=new)
 
     def close(self) -> None:
         """The reader leaves: nothing more comes. May be called twice."""

@@ -1,6 +1,7 @@
 """jpaged serve: an OpenAI-compatible HTTP server."""
 
 import dataclasses
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ from jpaged.cli.session import open_engine
 from jpaged.cli.status import Status
 from jpaged.config import EngineConfig
 from jpaged.server.config import ServerConfig
+
+_YOUNG_OBJECTS = 10_000
+"""After so many new objects Python looks for garbage among them; each time, JAX does so, too."""
 
 EngineFlags = flags_of(EngineConfig, "ServeEngine", leave_out=("model",))
 ServerFlags = flags_of(ServerConfig, "ServeServer")
@@ -64,9 +68,17 @@ class Serve:
         where = address_of(sock, config)
         server.on_ready = lambda: say(f"jpaged is ready on {where}")
         status.muted = True  # what is compiled from here on is no news
+        _calm_garbage_collection()
         exit_status = server.run_until_end(sock)
         if exit_status:  # a thread may be stuck on the device: waiting for it would never end
             logs.flush()
             sys.stderr.flush()
             os._exit(exit_status)
         return exit_status
+
+
+def _calm_garbage_collection() -> None:
+    """What is loaded stays: looking through all of it holds every thread for a quarter of a second, again and again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_YOUNG_OBJECTS, *gc.get_threshold()[1:])

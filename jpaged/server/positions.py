@@ -11,7 +11,7 @@ characters of a single choice it has.
 import dataclasses
 import re
 
-from jpaged.outputs import CompletionOutput
+from jpaged.outputs import CompletionOutput, changed
 from jpaged.server.errors import ApiError
 
 MAX_CHOICES = 64
@@ -61,7 +61,7 @@ class Positions:
         skipped = max(0, have.tokens - at.tokens), max(0, have.chars - at.chars)
         at.tokens += len(completion.token_ids)
         at.chars += len(text)
-        return dataclasses.replace(completion, text=text).after(*skipped)
+        return (completion if completion.text is text else changed(completion, text=text)).after(*skipped)
 
     def take_calls(self, index: int) -> bool:
         """A choice's tool calls are sent. Returns False if the client has them."""

@@ -2,14 +2,14 @@
 
 import asyncio
 import contextlib
-import json
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
-from pydantic_core import from_json
+from pydantic_core import from_json, to_json
 from starlette.types import Receive, Scope, Send
 
 from jpaged.server.errors import ApiError, as_api_error, body_of
@@ -55,17 +55,34 @@ class EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def patient_send(message: Any) -> None:
-            async with asyncio.timeout(WRITE_TIMEOUT):
-                await send(message)
+        loop, since = asyncio.get_running_loop(), math.inf  # since when the client has had something to take
+        looking: asyncio.TimerHandle  # one for a stream, not one for each event
 
+        async def timed_send(message: Any) -> None:
+            nonlocal since
+            since = loop.time()
+            await send(message)
+            since = math.inf
+
+        def look() -> None:
+            nonlocal looking
+            if loop.time() - since > WRITE_TIMEOUT:
+                patience.reschedule(loop.time())
+            else:
+                looking = loop.call_later(WRITE_TIMEOUT / 4, look)
+
+        looking = loop.call_later(WRITE_TIMEOUT / 4, look)
         with contextlib.suppress(TimeoutError):
-            await super().__call__(scope, receive, patient_send)
+            try:
+                async with asyncio.timeout(None) as patience:
+                    await super().__call__(scope, receive, timed_send)
+            finally:
+                looking.cancel()
 
 
 def event(data: dict[str, Any], event_id: str | None = None) -> bytes:
     name = b"" if event_id is None else b"id: " + event_id.encode() + b"\n"
-    return name + b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return name + b"data: " + to_json(data, inf_nan_mode="constants") + b"\n\n"
 
 
 def stream_events(service: Service, streams: Sequence[Stream], events: AsyncIterator[bytes]) -> Response:
