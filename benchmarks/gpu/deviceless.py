@@ -132,13 +132,19 @@ def compile_for(
         kernels = dict(kernel for kept in folder.glob("kernel-*") for kernel in _kernels(kept, count))
         dump = {suffix: next((folder / "dump").glob(f"*{suffix}.txt")).read_text() for suffix in _DUMPS}
     launches = _launches(dump["thunk_sequence"])
-    known = {launch.name for launch in launches}
-    launches += [Launch(name) for name in kernels if foreign and name not in known]
+    if foreign:
+        made = {name: kernel for name, kernel in kernels.items() if name not in {launch.name for launch in launches}}
+        made = _MADE.setdefault((target, *re.findall(_CONFIGURATION, text)), made)
+        kernels |= made
+        launches += map(Launch, made)
     return Program(kernels, launches, compiled.memory_analysis(), _temporaries(dump[_BUFFERS]))
 
 
 _CUSTOM_CALLS = ("mosaic_gpu", "triton_kernel_call_ffi")
 """Whose kernels XLA hands on; their names begin so."""
+_CONFIGURATION = rf"custom_call @(?:{'|'.join(_CUSTOM_CALLS)}).*?(backend_config.*)"
+_MADE: dict[tuple, dict[str, Kernel]] = {}
+"""Kernels of custom calls by their configurations: what was made once in a process is not made again."""
 _FOREIGN = threading.Lock()
 
 
@@ -202,11 +208,12 @@ _WORK = ("HMMA", "HGMMA", "IMMA", "QGMMA", "UTCHMMA", "LDGSTS", "UTMALDG", "LDG"
 def _instructions(body: str) -> tuple[collections.Counter, collections.Counter]:
     """Opcodes of a function in nvdisasm's words, and those of its hottest loop: from a label to a branch back to it.
 
-    The hottest has the most work, and of loops with equal work (one has masks) the one with fewer instructions.
+    The hottest has the most work, and of loops with equal work (one has masks) the one with fewer instructions. Loops
+    around a loop that works are none of them: what waits for a barrier may stand far off and branch back from there.
     """
     opcodes: list[str] = []
     labels: dict[str, int] = {}
-    loops = [collections.Counter()]
+    spans: list[tuple[int, int]] = []
     for label, opcode, rest in _LINE.findall(body):
         if label:
             labels[label] = len(opcodes)
@@ -214,9 +221,12 @@ def _instructions(body: str) -> tuple[collections.Counter, collections.Counter]:
         opcodes.append(opcode)
         target = re.search(r"`\((\.L\w+)\)", rest)
         if opcode == "BRA" and target and target[1] in labels and labels[target[1]] < len(opcodes) - 1:
-            loops.append(collections.Counter(opcodes[labels[target[1]] :]))
-    hottest = max(loops, key=lambda loop: (sum(loop[opcode] for opcode in _WORK), -loop.total()))
-    return collections.Counter(opcodes), hottest
+            spans.append((labels[target[1]], len(opcodes)))
+    loops = {span: collections.Counter(opcodes[slice(*span)]) for span in spans}
+    work = {span: sum(loop[opcode] for opcode in _WORK) for span, loop in loops.items()}
+    inner = [a for a in spans if not any(work[b] and a != b and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
+    hottest = max(inner, key=lambda span: (work[span], -loops[span].total()), default=None)
+    return collections.Counter(opcodes), loops[hottest] if hottest else collections.Counter()
 
 
 def _launches(text: str) -> list[Launch]:

@@ -25,6 +25,7 @@ from benchmarks.gpu.compile_cases import MEMBERS, attention, tile_size
 from benchmarks.gpu.report import table
 from benchmarks.gpu.targets import TARGETS, Target
 from pallas_kernels.paged_attention import QuantizedKV, pool_values
+from pallas_kernels.paged_attention.mosaic_softmax import ROWS, TILE_TOKENS
 from pallas_kernels.paged_attention.tiles import Tiles, decode_tiles, prefill_tiles
 from pallas_kernels.paged_attention.triton_softmax import Shape, shape_of
 
@@ -32,6 +33,10 @@ CHUNK = 512
 """Queries of one prompt that are computed in one step."""
 LATENCY = 0.7e-6
 """Seconds from asking memory to having it, on an H100."""
+MOSAIC = {  # tiles of Mosaic GPU's kernels (a wgmma is 64 rows high), and their shared memory at a head size of 128
+    "paged_decode_mosaic_gpu_kernel": (Tiles(rows=ROWS, tokens=TILE_TOKENS, num_warps=4, num_stages=3), 152 << 10),
+    "paged_prefill_mosaic_gpu_kernel": (Tiles(rows=2 * ROWS, tokens=TILE_TOKENS, num_warps=8, num_stages=3), 145 << 10),
+}
 
 
 class Loop(NamedTuple):
@@ -65,10 +70,15 @@ def loops(heads: int, kv_heads: int, size: int, q: jax.ShapeDtypeStruct, kv: Any
         ("paged_decode_shared", decode, MEMBERS),
         ("paged_prefill", prefill, tile_size(heads, kv_heads)),
     ]
+    if values is kv and capability == 90:
+        queries_of = (1, tile_size(heads, kv_heads))
+        kinds += [(name, tiles, n) for (name, (tiles, _)), n in zip(MOSAIC.items(), queries_of, strict=True)]
     made = []
     for name, tiles, queries in kinds:
         shape = shape_of(q, kv, tiles, queries, options)
-        readers = CHUNK // shape.queries * shape.group_parts if name == "paged_prefill" else 1
+        if name in MOSAIC:
+            shape = shape._replace(m=tiles.rows)
+        readers = CHUNK // shape.queries * shape.group_parts if "prefill" in name else 1
         made.append(Loop(name, shape, tiles, size, token * tiles.tokens, readers))
     return made
 
@@ -91,7 +101,7 @@ def estimate(loop: Loop, kernel: deviceless.Kernel, shared_memory: int, target: 
         target.shared_memory // (shared_memory + 1024),
         2048 // threads,
     )
-    useful = cycles["tensor"] * rows / shape.m if loop.kernel == "paged_prefill" else cycles["memory"]
+    useful = cycles["tensor"] * rows / shape.m if "prefill" in loop.kernel else cycles["memory"]
     return {
         "rows": f"{rows} of {shape.m}",
         "KiB a tile": loop.tile_bytes / 1024,
@@ -107,16 +117,21 @@ def estimate(loop: Loop, kernel: deviceless.Kernel, shared_memory: int, target: 
 def rows_of(name: str, target: Target) -> list[dict[str, Any]]:
     """The kernels of one model on one GPU."""
     dtype, heads, kv_heads, size, pool = CASES[name]
+    kinds = [("decode", "triton"), ("prefill", "triton")]
+    if target.capability == (9, 0) and pool is None:
+        kinds += [("decode", "mosaic"), ("prefill", "mosaic")]
     rows: list[dict[str, Any]] = []
-    for operation, wanted in (("decode", ("paged_decode", "paged_decode_shared")), ("prefill", ("paged_prefill",))):
-        case = attention(operation, dtype, heads, kv_heads, size, pool, shared=True)
+    for operation, implementation in kinds:
+        shared, by_name = implementation == "triton", {"implementation": implementation}
+        case = attention(operation, dtype, heads, kv_heads, size, pool, shared=shared, **by_name)
         program = deviceless.compile_for(target, case.function, *case.arguments, count=case.kernels)
         shared_memory = {launch.name: launch.shared_memory for launch in program.launches}
         for loop in loops(heads, kv_heads, size, *case.arguments[:2], 10 * target.capability[0]):
-            if loop.kernel in wanted:
+            if loop.kernel in case.kernels:
                 kernel = program.kernels[loop.kernel]
+                memory = MOSAIC[loop.kernel][1] if loop.kernel in MOSAIC else shared_memory[loop.kernel]
                 about = {"kernel": loop.kernel, "model": name, "target": target.architecture}
-                rows.append(about | estimate(loop, kernel, shared_memory[loop.kernel], target))
+                rows.append(about | estimate(loop, kernel, memory, target))
     return rows
 
 

@@ -1,6 +1,6 @@
 """Decode attention for Hopper in Pallas's Mosaic GPU backend: a TMA for each block, wgmma for both products.
 
-A program (item of the work list, KV head) is one warp group. It walks over tiles of cached tokens; the next tile's
+A program (item of the work list, KV head) is one warp group. It walks over tiles of cached tokens; the next two tiles'
 blocks are on their way while one is worked on. Its products have 64 rows, the height of a wgmma, of which the query
 heads of the KV head fill the first. Partial results are merged in XLA.
 """
@@ -20,9 +20,9 @@ from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.softcap import soft_capped
 from pallas_kernels.paged_attention.splits import most_items, num_items, plan_splits
 
-PROGRAMS = 132 * 2  # two for each multiprocessor: 80 KB of shared memory and 128 threads each
+PROGRAMS = 132 * 2  # of which each multiprocessor has room for one at a head size of 128 (152 KB of shared memory)
 FEWEST_TOKENS = 256
-STAGES = 2
+STAGES = 3  # tiles in shared memory: those ahead are 64 KB in flight, of which an H200 needs 25
 
 
 def _kernel(q, kv, tables, items, begins, ends, out, high_out, total_out, *scratch, scale: float, cap: float | None):
@@ -42,9 +42,8 @@ def _kernel(q, kv, tables, items, begins, ends, out, high_out, total_out, *scrat
 
     plgpu.copy_gmem_to_smem(q.at[row, head], q_tile, q_here)
 
-    @pl.when(first < stop)
-    def first_tile():
-        fetch(first, 0)
+    for i in range(STAGES - 1):
+        pl.when(first + i < stop)(functools.partial(fetch, first + i, i))
 
     plgpu.barrier_wait(q_here)
 
@@ -68,9 +67,8 @@ def _kernel(q, kv, tables, items, begins, ends, out, high_out, total_out, *scrat
         weights_tile[...] = weights.astype(q.dtype)
         plgpu.commit_smem()  # every warp is done with the tile before this one
 
-        @pl.when(tile + 1 < stop)
-        def next_tile():
-            fetch(tile + 1, 1 - slot)
+        ahead = tile + STAGES - 1
+        pl.when(ahead < stop)(lambda: fetch(ahead, lax.rem(ahead - first, STAGES)))
 
         plgpu.barrier_wait(v_here.at[slot])
 
@@ -132,6 +130,7 @@ def paged_decode_attention(
         grid=(count, kv_heads),
         grid_names=("item", "head"),
         kernel_name="paged_decode",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[
             tile((ROWS, size)),
             tile((STAGES, TILE_TOKENS, size)),

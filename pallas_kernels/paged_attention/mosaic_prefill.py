@@ -51,7 +51,8 @@ def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, options: _Option
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         row = first_row + warp_group * ROWS
         at = (tile, head, pl.ds(pl.multiple_of(row, ROWS), ROWS))
-        span = jnp.minimum(begin, stop), stop
+        masked_from = begin if options.window is not None else lax.div(seen_by_all, TILE_TOKENS)
+        span = jnp.minimum(begin, stop), jnp.minimum(masked_from, stop), stop
         _attend(q.at[at], out.at[at], lse.at[at], row, start, span, memory, (k_here, v_here, free), options)
 
     @pl.when(warp_group == GROUPS)
@@ -78,7 +79,11 @@ def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, options: _Option
 
 
 def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Options) -> None:
-    """A warp group's rows [ROWS, D] of q, out and lse over the tiles of tokens in `span`."""
+    """A warp group's rows [ROWS, D] of q, out and lse.
+
+    Args:
+      span: the first tile of tokens, the first that not every query sees whole, the one after the last.
+    """
     q_tile, k_tile, v_tile, weights_tile, lse_tile, q_here = memory
     (k_here, v_here, free), mine, size = barriers, lax.axis_index("warp_group"), q.shape[1]
     q_tile, lse_tile = q_tile.at[mine], lse_tile.at[mine]
@@ -86,7 +91,7 @@ def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Opt
     plgpu.barrier_wait(q_here.at[mine])
     last_seen = start + lax.div(first_row + iota(0), options.group)
 
-    def body(tile, carry):
+    def body(masked, tile, carry):
         sums, high, total = carry
         slot = lax.rem(tile - span[0], STAGES)
         plgpu.barrier_wait(k_here.at[slot])
@@ -97,21 +102,23 @@ def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Opt
 
         scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE_TOKENS), jnp.float32))
         scores, factor = soft_capped(scores, options.scale, options.cap)
-        position = tile * TILE_TOKENS + iota(1)
-        seen = position <= last_seen
-        if options.window is not None:
-            seen &= position > last_seen - options.window
-        scores = jnp.where(seen, scores * factor, LOWEST)
-        higher = jnp.maximum(high, scores.max(axis=1))
+        if masked:
+            position = tile * TILE_TOKENS + iota(1)
+            seen = position <= last_seen
+            if options.window is not None:
+                seen &= position > last_seen - options.window
+            scores = jnp.where(seen, scores, LOWEST)
+        higher = jnp.maximum(high, scores.max(axis=1) * factor)
         shrink = jnp.exp2(high - higher)
-        weights = jnp.exp2(scores - lax.broadcast_in_dim(higher, (ROWS, TILE_TOKENS), [0]))
+        weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(higher, (ROWS, TILE_TOKENS), [0]))
         total = total * shrink + weights.sum(axis=1)
         sums *= lax.broadcast_in_dim(shrink, (ROWS, size), [0])
         sums = _weigh(sums, weights.astype(q.dtype), weights_tile, v_tile.at[slot], v_here.at[slot], options.interpret)
         plgpu.barrier_arrive(free.at[slot])
         return sums, higher, total
 
-    sums, high, total = lax.fori_loop(span[0], span[1], body, nothing_seen(size))
+    carry = lax.fori_loop(span[0], span[1], functools.partial(body, False), nothing_seen(size))
+    sums, high, total = lax.fori_loop(span[1], span[2], functools.partial(body, True), carry)
     q_tile[...] = (sums / lax.broadcast_in_dim(jnp.maximum(total, 1e-37), (ROWS, size), [0])).astype(q.dtype)
     lse_tile[...] = high / LOG2_E + jnp.log(jnp.maximum(total, 1e-37))
     plgpu.commit_smem()
@@ -177,6 +184,7 @@ def paged_prefill_attention(
         num_threads=GROUPS + 1,
         thread_name="warp_group",
         kernel_name="paged_prefill",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
         scratch_types=[
             tile((GROUPS, ROWS, size)),
             tile((STAGES, TILE_TOKENS, size)),

@@ -27,7 +27,8 @@ def test_bytes_and_rows():
     decode = llama["paged_decode"]
     assert decode.tile_bytes == decode.tiles.tokens * 2 * 128 * 2
     assert int8["paged_decode"].tile_bytes == decode.tiles.tokens * 2 * (128 + 4)
-    assert [llama[kernel].shape.m for kernel in llama] == [16, 32, 128]
+    assert [llama[kernel].shape.m for kernel in llama] == [16, 32, 128, 64, 128]
+    assert len(int8) == 3, "Mosaic GPU's kernels read no quantised pools"
     assert (opt["paged_decode_shared"].shape.m, opt["paged_prefill"].shape.queries) == (16, 128)
     assert (llama["paged_prefill"].readers, opt["paged_prefill"].readers) == (16, 4)
 
