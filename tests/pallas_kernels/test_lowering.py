@@ -4,7 +4,7 @@ import functools
 
 import jax
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
 
 from pallas_kernels.block_copy import copy_blocks, gather_blocks, scatter_blocks
 from pallas_kernels.paged_attention import (
@@ -58,6 +58,25 @@ def test_mosaic_is_lowered_where_it_is_asked_for(size):
         with jax.sharding.use_abstract_mesh(GPU):
             lowered = jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",))
         assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+@pytest.mark.parametrize("implementation", ["triton", "mosaic"])
+def test_a_batch_and_a_part_of_the_heads_on_each_device(implementation):
+    """`jax.vmap` over everything, and `shard_map` over heads."""
+    aval, rows, size = jax.ShapeDtypeStruct, 4, 64
+    kv, tables, row = pool_shape(100, 16, 2, size), (rows, 100), (rows,)
+    shapes = [((rows, 6, size), "bfloat16"), (kv, "bfloat16"), (tables, "int32"), (row, "int32")]
+    decode = functools.partial(paged_decode_attention, scale=0.1, implementation=implementation)
+    with jax.sharding.use_abstract_mesh(GPU):
+        arguments = [aval((2, *shape), dtype) for shape, dtype in shapes]
+        jax.jit(jax.vmap(decode)).trace(*arguments).lower(lowering_platforms=("cuda",))
+    device = GPU.abstract_device
+    two = AbstractMesh((2,), ("heads",), axis_types=(AxisType.Auto,), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(two):
+        specs = PartitionSpec(None, "heads"), PartitionSpec(None, None, "heads"), PartitionSpec(), PartitionSpec()
+        divided = jax.shard_map(decode, in_specs=specs, out_specs=specs[0])
+        arguments = [aval(shape, dtype) for shape, dtype in shapes]
+        jax.jit(divided).trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def test_a_head_size_without_a_kernel_falls_back(monkeypatch):
