@@ -108,7 +108,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
         -(-limits.max_model_len // config.block_size),
         watermark=config.watermark,
         enable_prefix_caching=config.enable_prefix_caching,
-        window=checkpoint.config.shared_window,
+        windows=runner.spec.groups.windows,
     )
     scheduler = Scheduler(
         blocks,
@@ -154,7 +154,14 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
         module,
         params,
         checkpoint.config,
-        KVPoolSpec.of(checkpoint.config, kept_as, 2, config.block_size, mesh),
+        KVPoolSpec.of(
+            checkpoint.config,
+            kept_as,
+            2,
+            config.block_size,
+            mesh,
+            checkpoint.config.layer_groups(limits.max_model_len),
+        ),
         max_num_seqs=limits.max_num_seqs,
         max_model_len=limits.max_model_len,
         tile_size=limits.tile_size,
@@ -242,7 +249,8 @@ def _num_blocks(config: EngineConfig, limits: Limits, runner: Runner) -> int:
     """Blocks of the pool, the null block included."""
     if config.num_gpu_blocks_override is not None:
         return config.num_gpu_blocks_override + 1
-    useful = limits.max_num_seqs * -(-limits.max_model_len // config.block_size) + 1
+    logical = limits.max_num_seqs * -(-limits.max_model_len // config.block_size)
+    useful = logical * len(runner.spec.groups.windows) + 1
     if config.kv_cache_memory_bytes is not None:
         return blocks_in_budget(config.kv_cache_memory_bytes, runner.spec, useful)
     if jax.default_backend() == "cpu":

@@ -172,16 +172,17 @@ def _step(name: str, decodes: int, tiles: int, num_blocks: int = 4096) -> Case:
     config = model_config(name, tiny=False)
     module: nn.Module = build(config, dtype)
     bucket, tile = Bucket(decodes, tiles), tile_size(config.num_attention_heads, config.num_key_value_heads)
+    pool = KVPoolSpec.of(config, dtype, num_blocks, BLOCK_SIZE)
     arguments = (
         abstract_params(module, dtype),
-        KVPoolSpec.of(config, dtype, num_blocks, BLOCK_SIZE).abstract(),
+        pool.abstract(),
         _array((rows, longest // BLOCK_SIZE), "int32"),
         _array((rows, longest), "int32"),
-        _array((bucket.packed_size,), "int32"),
+        _array((bucket.packed_size(1),), "int32"),
     )
     kernels = ("block_copy", "paged_decode_shared", "paged_decode", "paged_decode_merge")
     kernels += ("paged_prefill",) if tiles else ()
-    return Case(make_forward(module, BLOCK_SIZE, tile, bucket), arguments, kernels, donate=(1, 2))
+    return Case(make_forward(module, pool.groups, BLOCK_SIZE, tile, bucket), arguments, kernels, donate=(1, 2))
 
 
 def steps() -> dict[str, Case]:

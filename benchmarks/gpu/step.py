@@ -53,7 +53,7 @@ def _step(
     tokens = jax.random.randint(jax.random.key(0), (batch + 1, width * BLOCK_SIZE + 1), 0, config.vocab_size)
     bucket = Bucket(batch, 0)
     packed = _packed(bucket, context)
-    forward = jax.jit(make_forward(module, BLOCK_SIZE, TILE_SIZE, bucket), donate_argnums=(1, 2))
+    forward = jax.jit(make_forward(module, spec.groups, BLOCK_SIZE, TILE_SIZE, bucket), donate_argnums=(1, 2))
 
     def step(state):
         pool, tables, _ = state
@@ -83,8 +83,8 @@ def _step(
 
 def _packed(bucket: Bucket, context: int) -> np.ndarray:
     """The plan of a step in which every row computes its last token: repeated, it writes what is there already."""
-    packed = np.zeros(bucket.packed_size, np.int32)
-    decode, _, results, _, pieces = split_packed(packed, bucket)
+    packed = np.zeros(bucket.packed_size(1), np.int32)
+    decode, _, results, *_, pieces = split_packed(packed, bucket, 1)
     decode[0] = results[0] = results[1] = np.arange(bucket.decode_rows)
     decode[1] = context - 1
     pieces[:, :-1] = -1

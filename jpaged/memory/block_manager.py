@@ -29,7 +29,7 @@ class BlockManager(RowTables):
       num_blocks: blocks in the pool, the null block included.
       watermark: fraction of the pool that admission leaves free, so that running sequences can grow.
       enable_prefix_caching: whether full blocks are kept and found again.
-      block_size, max_rows, max_blocks_per_row, window: see `RowTables`.
+      block_size, max_rows, max_blocks_per_row, windows: see `RowTables`.
     """
 
     def __init__(
@@ -41,11 +41,11 @@ class BlockManager(RowTables):
         *,
         watermark: float = 0.01,
         enable_prefix_caching: bool = True,
-        window: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self.cache = PrefixCache(block_size) if enable_prefix_caching else None
         allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache is not None else None)
-        super().__init__(allocator, block_size, max_rows, max_blocks_per_row, window=window)
+        super().__init__(allocator, block_size, max_rows, max_blocks_per_row, windows=windows)
         self.watermark_blocks = int(watermark * allocator.num_usable)
         self.stats = PrefixCacheStats()
         self.weights_version = 0
@@ -74,38 +74,39 @@ class BlockManager(RowTables):
         Returns: of each row, the tokens whose K and V are there, or will be once the rows before it are computed; or
         None (and nothing changed) if blocks are short.
         """
-        root = root_digest(salt, self.weights_version)
+        root, size = root_digest(salt, self.weights_version), self.block_size
         look_up = self.cache is not None and findable != 0
         found = [self._match(t[:findable], root) if look_up else ([], []) for t in tokens]
-        siblings = _longest_common_beginnings(tokens, self.block_size)
-        firsts = [blocks.count(NULL_BLOCK) for blocks, _ in found]
+        siblings = _longest_common_beginnings(tokens, size)
+        firsts = [self.leading_nulls(entries) for entries, _ in found]
         for i, (sibling, common) in enumerate(siblings):
-            if common > len(found[i][0]) and firsts[sibling] <= self.behind_window(common * self.block_size):
+            if common > len(found[i][1]) and (firsts[sibling] <= self.behind_window(common * size)).all():
                 found[i] = [], []
                 firsts[i] = firsts[sibling]
             else:
                 siblings[i] = 0, 0
         allocator = self.allocator
-        hits = np.array(sorted({block for blocks, _ in found for block in blocks} - {NULL_BLOCK}), np.int32)
-        shares = [max(common, len(blocks)) for (_, common), (blocks, _) in zip(siblings, found, strict=True)]
-        new = sum(self.blocks_for(len(t)) - share for t, share in zip(tokens, shares, strict=True))
+        hits = np.array(sorted({block for entries, _ in found for block in entries} - {NULL_BLOCK}), np.int32)
+        shares = [max(common, len(digests)) for (_, common), (_, digests) in zip(siblings, found, strict=True)]
+        new = sum(self.blocks_for(len(t)) - self.blocks_for(n * size) for t, n in zip(tokens, shares, strict=True))
         revived = int((allocator.refs[hits] == 0).sum())  # hits that nobody holds are among the free ones
         if new + revived + reserve > allocator.num_free:
             return None
         allocator.acquire(hits)  # before anything is allocated, which could evict them
         for i, row in enumerate(rows):
-            blocks, digests = found[i]
-            if not blocks and shares[i]:
+            entries, digests = found[i]
+            if not entries and shares[i]:
                 sibling = rows[siblings[i][0]]
-                blocks, digests = self.tables[sibling, : shares[i]].tolist(), self.digests[sibling][: shares[i]]
-            allocator.acquire(blocks[firsts[i] :])
-            new_blocks = allocator.allocate(self.blocks_for(len(tokens[i])) - len(blocks))
-            self.lay(row, [*blocks, *new_blocks], root, digests, firsts[i])
+                entries = self.tables[sibling, : self.blocks_for(shares[i] * size)].tolist()
+                digests = self.digests[sibling][: shares[i]]
+            allocator.acquire([block for block in entries if block != NULL_BLOCK])
+            new_blocks = allocator.allocate(self.blocks_for(len(tokens[i])) - len(entries))
+            self.lay(row, [*entries, *new_blocks], root, digests)
         allocator.release(hits)
         if look_up:
             self.stats.queries += sum(map(len, tokens))
-            self.stats.hits += sum(len(blocks) for blocks, _ in found) * self.block_size
-        return [share * self.block_size for share in shares]
+            self.stats.hits += sum(len(digests) for _, digests in found) * size
+        return [share * size for share in shares]
 
     def _match(self, tokens: Sequence[int], root: bytes) -> tuple[list[int], list[bytes]]:
         return ([], []) if self.cache is None else self.cache.match(tokens, root, self.behind_window)
@@ -123,28 +124,29 @@ class BlockManager(RowTables):
         digests, size = self.digests[row], self.block_size
         for index in range(len(digests), num_computed // size):
             parent = digests[-1] if digests else self.roots[row]
-            block = int(self.tables[row, index])
-            digest, entered = self.cache.insert(parent, tokens[index * size : (index + 1) * size], block)
-            if entered:
+            blocks = self.by_group[row, index].tolist()
+            digest, entered = self.cache.insert(parent, tokens[index * size : (index + 1) * size], blocks)
+            for block in entered:
                 self.allocator.keep(block)
             digests.append(digest)
 
-    def cached_content(self) -> list[tuple[int, bytes, bytes]]:
-        """(block, digest of its parent, its tokens' int32 bytes) of all blocks that can be found; the next to be
-        evicted first, those in use last."""
+    def cached_content(self) -> list[tuple[int, int, bytes, bytes]]:
+        """(block, its layer group, digest of its parent, its tokens' int32 bytes) of all blocks that can be found; the
+        next to be evicted first, those in use last."""
         content = {} if self.cache is None else self.cache.content()
         idle = [block for block in self.allocator.cached_blocks() if block in content]
         return [(block, *content[block]) for block in [*idle, *(content.keys() - set(idle))]]
 
-    def adopt(self, named: Sequence[tuple[bytes, Sequence[int]]]) -> np.ndarray:
-        """Gives out a block for each (digest of its parent, its tokens), to be found by them from now on.
+    def adopt(self, named: Sequence[tuple[int, bytes, Sequence[int]]]) -> np.ndarray:
+        """Gives out a block for each (layer group, digest of its parent, its tokens), to be found by them from now on.
 
         There must be so many free ones, and the caller writes their K and V before anything else runs. int32 [n].
         """
         blocks = self.allocator.allocate(len(named))
-        for block, (parent, tokens) in zip(blocks, named, strict=True):
-            _, entered = self.cache.insert(parent, tokens, block)  # type: ignore[union-attr]  # there is one
-            if entered:
+        for block, (group, parent, tokens) in zip(blocks, named, strict=True):
+            logical = [block if g == group else NULL_BLOCK for g in range(self.num_groups)]
+            _, entered = self.cache.insert(parent, tokens, logical)  # type: ignore[union-attr]  # there is one
+            for block in entered:
                 self.allocator.keep(block)
         self.allocator.release(blocks)
         return np.array(blocks, np.int32)
@@ -164,10 +166,7 @@ class BlockManager(RowTables):
 
     def check_invariants(self) -> None:
         """Raises RuntimeError if blocks and tables do not add up (DESIGN, contract 6)."""
-        entries = self.entries() + self.parked.entries()
-        if NULL_BLOCK in entries:
-            raise RuntimeError("a table entry in use points to the null block")
-        self.allocator.check_invariants(entries)
+        self.allocator.check_invariants(self.entries() + self.parked.entries())
 
 
 def _longest_common_beginnings(lists: Sequence[Sequence[int]], block_size: int) -> list[tuple[int, int]]:

@@ -5,19 +5,18 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from jpaged.memory.row_tables import RowTables
+from jpaged.memory.row_tables import RowTables, held
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Table:
     """A block table without a row: one reference an entry, as in any table."""
 
-    blocks: np.ndarray  # int32 [n]; the first `first` are null
+    blocks: np.ndarray  # int32 [n * G]: table entries, as a row's
     num_computed: int
     """Tokens whose K and V the blocks hold."""
     root: bytes
     digests: list[bytes]
-    first: int = 0
     pinned: bool = False
     """Never reclaimed."""
 
@@ -45,8 +44,8 @@ class ParkedTables:
     def park(self, row: int, num_computed: int) -> Table:
         """Takes a row's table off the row, with the blocks of its first `num_computed` tokens."""
         rows = self._rows
-        blocks, first = rows.tables[row, : rows.counts[row]].copy(), int(rows.firsts[row])
-        table = Table(blocks, num_computed, rows.roots[row], rows.digests[row], first)
+        blocks = rows.tables[row, : rows.counts[row]].copy()
+        table = Table(blocks, num_computed, rows.roots[row], rows.digests[row])
         rows.clear(row)
         self._tables[table] = None
         self.truncate(table, num_computed)
@@ -54,7 +53,11 @@ class ParkedTables:
 
     def can_resume(self, table: Table, num_tokens: int) -> bool:
         """Whether a parked table still has what the next of `num_tokens` tokens attends to."""
-        return table.first <= self._rows.behind_window(min(table.num_computed, num_tokens - 1))
+        return self._reaches(table, min(table.num_computed, num_tokens - 1))
+
+    def _reaches(self, table: Table, position: int) -> bool:
+        """Whether it has all that a token at `position` attends to."""
+        return bool((self._rows.leading_nulls(table.blocks) <= self._rows.behind_window(position)).all())
 
     def try_unpark(
         self, table: Table, row: int, num_tokens: int, reserve: int = 0
@@ -69,33 +72,34 @@ class ParkedTables:
         rows, allocator = self._rows, self._rows.allocator
         start = min(table.num_computed, num_tokens - 1)
         index, count = start // rows.block_size, len(table.blocks)
-        shared = index < count and allocator.refs[table.blocks[index]] > 1
+        written = np.arange(index * rows.num_groups, min((index + 1) * rows.num_groups, count))  # entries
+        shared = written[allocator.refs[table.blocks[written]] > 1].tolist()
         new = rows.blocks_for(num_tokens) - count
-        if new + shared + reserve > allocator.num_free:
+        if new + len(shared) + reserve > allocator.num_free:
             return None
         del self._tables[table]
-        blocks = [*table.blocks.tolist(), *allocator.allocate(new)]
-        rows.lay(row, blocks, table.root, table.digests, table.first)
-        copy = rows.own(row, index) if shared else None
-        if len(table.digests) <= index < count and not allocator.is_writable(rows.tables[row, index]):
-            allocator.forget(int(rows.tables[row, index]))  # it was full once: what comes now is something else
-        return start, [copy] if copy else []
+        rows.lay(row, [*table.blocks.tolist(), *allocator.allocate(new)], table.root, table.digests)
+        copies = [copy for entry in shared if (copy := rows.own(row, entry))]
+        if len(table.digests) <= index:
+            for block in rows.tables[row, written].tolist():
+                if not allocator.is_writable(block):
+                    allocator.forget(block)  # it was full once: what comes now is something else
+        return start, copies
 
     def fork(self, table: Table) -> Table:
         """Another table over the same blocks."""
-        self._rows.allocator.acquire(table.blocks[table.first :])
+        self._rows.allocator.acquire(held(table.blocks))
         copy = dataclasses.replace(table, digests=table.digests.copy(), pinned=False)
         self._tables[copy] = None
         return copy
 
     def truncate(self, table: Table, num_computed: int) -> None:
-        """Keeps the first `num_computed` tokens' K and V of a parked table; nothing if the window has left them."""
+        """Keeps the first `num_computed` tokens' K and V of a parked table; nothing if a window has left them."""
         rows = self._rows
-        if table.first > rows.behind_window(min(table.num_computed, num_computed)):
+        if not self._reaches(table, min(table.num_computed, num_computed)):
             num_computed = 0
         kept = rows.blocks_for(num_computed)
-        rows.allocator.release(table.blocks[max(kept, table.first) :][::-1])
-        table.first = min(table.first, kept)
+        rows.allocator.release(held(table.blocks[kept:][::-1]))
         table.blocks, table.num_computed = table.blocks[:kept], min(table.num_computed, num_computed)
         del table.digests[num_computed // rows.block_size :]
 
@@ -121,14 +125,13 @@ class ParkedTables:
     @property
     def num_pinned(self) -> int:
         """Blocks that pinned tables keep from everybody else."""
-        return len({block for table in self._tables if table.pinned for block in table.blocks[table.first :].tolist()})
+        return len({block for table in self._tables if table.pinned for block in held(table.blocks).tolist()})
 
     def entries(self) -> list[int]:
-        """Every entry of every parked table.
+        """The blocks of every parked table, repeats included.
 
         Raises:
-          RuntimeError: a table has entries behind its window.
+          RuntimeError: in a table, null blocks come after others.
         """
-        if any(table.blocks[: table.first].any() for table in self._tables):
-            raise RuntimeError("a parked table has entries behind its window")
-        return [block for table in self._tables for block in table.blocks[table.first :].tolist()]
+        rows = self._rows
+        return [b for table in self for b in rows.checked(table.blocks, rows.leading_nulls(table.blocks))]

@@ -7,7 +7,7 @@ not give another prompt's keys and values (LESSONS: prefix cache gives wrong out
 
 import hashlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,7 +15,8 @@ from jpaged.memory.allocator import NULL_BLOCK
 
 
 class _Entry(NamedTuple):
-    block: int
+    blocks: list[int]
+    """Of each layer group; the null block where nobody has it."""
     parent: bytes
     tokens: bytes
 
@@ -33,8 +34,13 @@ def chain(parent: bytes, tokens: bytes) -> bytes:
     return hashlib.sha256(parent + tokens).digest()
 
 
+def _behind_nothing(position: Any) -> np.ndarray:
+    """One layer group, without a window."""
+    return np.zeros((*np.shape(position), 1), np.int32)
+
+
 class PrefixCache:
-    """A map from chain digests to blocks; the allocator decides how long a block stays."""
+    """A map from chain digests to blocks, one for each layer group; the allocator decides how long each stays."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
@@ -42,62 +48,88 @@ class PrefixCache:
         self._by_block: dict[int, bytes] = {}
 
     def __len__(self) -> int:
-        return len(self._by_digest)
+        return len(self._by_block)
 
     def match(
-        self, tokens: Sequence[int], root: bytes, behind_window: Callable[[int], int] = lambda position: 0
+        self, tokens: Sequence[int], root: bytes, behind_window: Callable[[Any], np.ndarray] = _behind_nothing
     ) -> tuple[list[int], list[bytes]]:
-        """The longest chain of cached full blocks at the start of `tokens`: (blocks, digests).
+        """The longest chain of cached full blocks at the start of `tokens`: (table entries, digests).
 
         At least one token is left out, because a sequence's next token needs the logits of its last.
 
         Args:
-          behind_window: leading blocks that a token at a position does not attend to. Those need not be cached, and
-            are null blocks in the result.
+          behind_window: of a position, or int32 [n]: how many leading blocks of each layer group, [..., G], a token
+            there does not attend to. Those need not be cached, and are null blocks in the result.
         """
         size = self.block_size
-        blocks: list[int] = []
+        chain_of: list[list[int]] = []
         digests: list[bytes] = []
         parent = root
-        missing = longest = 0  # blocks up to the last that is not cached; blocks of the longest match
+        unseen = behind_window(len(tokens)).tolist()  # wherever the match ends
         for start in range(0, len(tokens) - size, size):
-            content = token_bytes(tokens[start : start + size])
-            digest = chain(parent, content)
-            entry = self._by_digest.get(digest)
-            found = entry is not None and entry.parent == parent and entry.tokens == content
-            if not found and behind_window(len(tokens)) <= len(blocks):
-                break  # it is needed, wherever the match ends
-            blocks.append(entry.block if found else NULL_BLOCK)  # type: ignore[union-attr]
+            digest, entry = self._find(parent, token_bytes(tokens[start : start + size]))
+            blocks = [NULL_BLOCK] * len(unseen) if entry is None else entry.blocks
+            if NULL_BLOCK in blocks and any(
+                block == NULL_BLOCK and first <= len(digests) for block, first in zip(blocks, unseen, strict=True)
+            ):
+                break
+            chain_of.append(blocks)
             digests.append(digest)
             parent = digest
-            if not found:
-                missing = len(blocks)
-            elif missing <= behind_window(len(blocks) * size):
-                longest = len(blocks)
-        behind = behind_window(longest * size)
-        return [NULL_BLOCK] * behind + blocks[behind:longest], digests[:longest]
+        if not digests:
+            return [], []
+        table, ends = np.array(chain_of), np.arange(1, len(digests) + 1)
+        behind = behind_window(ends * size)  # [n, G], if the match ended there
+        missing = np.maximum.accumulate(np.where(table == NULL_BLOCK, ends[:, None], 0))  # blocks up to the last one
+        longest = int(np.where((missing <= behind).all(axis=1), ends, 0).max())
+        table = table[:longest]
+        table[ends[:longest, None] <= behind[longest - 1]] = NULL_BLOCK
+        return table.ravel().tolist(), digests[:longest]
 
-    def insert(self, parent: bytes, tokens: Sequence[int], block: int) -> tuple[bytes, bool]:
-        """Names a full block. Returns (digest, whether the block is now in the cache).
+    def insert(self, parent: bytes, tokens: Sequence[int], blocks: Sequence[int]) -> tuple[bytes, list[int]]:
+        """Names a full block, which is one of each layer group.
+
+        Returns: (digest, those of the blocks that are now in the cache).
 
         If equal content is cached already, in another block, that one stays and this one is not entered; nor is the
         null block, which is where a full block was before the window left it.
         """
         content = token_bytes(tokens)
-        digest = chain(parent, content)
-        if digest in self._by_digest or block == NULL_BLOCK:
-            return digest, False
-        self._by_digest[digest] = _Entry(block, parent, content)
-        self._by_block[block] = digest
-        return digest, True
+        digest, entry = self._find(parent, content)
+        if entry is None:
+            if digest in self._by_digest or not any(blocks):
+                return digest, []
+            entry = self._by_digest[digest] = _Entry([NULL_BLOCK] * len(blocks), parent, content)
+        entered = []
+        for group, block in enumerate(blocks):
+            if block != NULL_BLOCK and entry.blocks[group] == NULL_BLOCK:
+                entry.blocks[group] = block
+                self._by_block[block] = digest
+                entered.append(block)
+        return digest, entered
 
-    def content(self) -> dict[int, tuple[bytes, bytes]]:
-        """Of each block, (digest of its parent, its tokens' int32 bytes): what `insert` names it by."""
-        return {entry.block: (entry.parent, entry.tokens) for entry in self._by_digest.values()}
+    def content(self) -> dict[int, tuple[int, bytes, bytes]]:
+        """Of each block, (layer group, digest of its parent, its tokens' int32 bytes): what `insert` names it by."""
+        return {
+            block: (group, entry.parent, entry.tokens)
+            for entry in self._by_digest.values()
+            for group, block in enumerate(entry.blocks)
+            if block != NULL_BLOCK
+        }
 
     def evict(self, block: int) -> None:
-        del self._by_digest[self._by_block.pop(block)]
+        digest = self._by_block.pop(block)
+        blocks = self._by_digest[digest].blocks
+        blocks[blocks.index(block)] = NULL_BLOCK
+        if not any(blocks):
+            del self._by_digest[digest]
 
     def clear(self) -> None:
         self._by_digest.clear()
         self._by_block.clear()
+
+    def _find(self, parent: bytes, content: bytes) -> tuple[bytes, _Entry | None]:
+        """(digest, its entry if that is of these very tokens)."""
+        digest = chain(parent, content)
+        entry = self._by_digest.get(digest)
+        return digest, entry if entry is not None and (entry.parent, entry.tokens) == (parent, content) else None

@@ -1,14 +1,20 @@
 """RowTables: the block table of every row, grown on demand, shared and copied on write (paper, sections 4.2 to 4.4).
 
-    tables[row]   logical block -> physical block      [ 7 | 3 | 12 | 0 | 0 ... ]   0 = null block: no entry
+    tables[row]   logical block -> physical blocks     [ 7 | 3 | 12 | 0 | 0 ... ]   0 = null block: no entry
     counts[row]   entries in use                         3
     firsts[row]   entries before these are null again    0   (they lie behind the sliding window)
 
 A row is a running sequence's place in the batch.
+
+Layers with different windows need different blocks, so a model's layers come in G groups (`LayerGroups`), and a logical
+block is G entries of the table side by side, one physical block for each group:
+
+    [ 7 3 | 9 4 | 8 6 ]   two groups, three logical blocks
+    [ 7 0 | 9 4 | 8 6 ]   the window of the second has left one
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,14 +22,22 @@ from jpaged.memory.allocator import NULL_BLOCK, BlockAllocator
 
 _ENDLESS = 1 << 30  # a window that nothing ever leaves
 
+Entries = Sequence[int] | np.ndarray
+"""Of a table: G for each logical block."""
+
+
+def held(entries: np.ndarray) -> np.ndarray:
+    """The blocks of table entries (int32 [n]): what is not null."""
+    return entries[entries != NULL_BLOCK]
+
 
 class Writes(NamedTuple):
     """Where the next tokens of some rows go, and what has to be allocated for that."""
 
-    rows: np.ndarray  # int32 [d]
-    indices: np.ndarray  # int32 [d]: logical block
-    fresh: np.ndarray  # bool [d]: that block is not there yet
-    shared: np.ndarray  # bool [d]: it is there, and others hold it too
+    rows: np.ndarray  # int32 [d * G]: each row once for each layer group
+    indices: np.ndarray  # int32 [d * G]: table entry
+    fresh: np.ndarray  # bool [d * G]: that block is not there yet
+    shared: np.ndarray  # bool [d * G]: it is there, and others hold it too
     num_blocks: int
 
 
@@ -34,8 +48,9 @@ class RowTables:
       allocator: where blocks come from.
       block_size: tokens a block.
       max_rows: rows of the batch.
-      max_blocks_per_row: width of a block table.
-      window: no layer attends to more than so many tokens, the query's own included; blocks behind are given back.
+      max_blocks_per_row: logical blocks of the longest sequence.
+      windows: of each layer group: it attends to no more than so many tokens, the query's own included, and blocks
+        behind them are given back. None: to all.
     """
 
     def __init__(
@@ -45,28 +60,40 @@ class RowTables:
         max_rows: int,
         max_blocks_per_row: int,
         *,
-        window: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
         self.allocator = allocator
         self.block_size = block_size
-        self.window = window
-        self.tables = np.full((max_rows, max_blocks_per_row), NULL_BLOCK, np.int32)
+        self.windows = tuple(windows)
+        self.num_groups = len(windows)
+        """Layer groups, G: table entries of a logical block."""
+        self.tables = np.full((max_rows, max_blocks_per_row * self.num_groups), NULL_BLOCK, np.int32)
+        self.by_group = self.tables.reshape(max_rows, max_blocks_per_row, self.num_groups)
+        """The same entries (a view): row, logical block, layer group."""
         self.counts = np.zeros(max_rows, np.int32)
-        self.firsts = np.zeros(max_rows, np.int32)
+        self.firsts = np.zeros((max_rows, self.num_groups), np.int32)  # in logical blocks
+        self._groups = np.arange(self.num_groups, dtype=np.int32)
+        self._seen = np.array([window or _ENDLESS for window in windows], np.int32)  # tokens
         self.num_copies = 0
         """Blocks copied on write, ever."""
         self.version = 0
-        """Changes whenever rows may have begun, or ceased, to share blocks."""
+        """Changes whenever rows may have begun, or ceased, to share blocks of the first layer group."""
         # The chain of each row: digests[row][i] names its blocks 0..i; it may lag behind the table.
         self.digests: list[list[bytes]] = [[] for _ in range(max_rows)]
         self.roots: list[bytes] = [b""] * max_rows
 
     def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
+        """Blocks that hold so many tokens, those of all layer groups."""
+        return -(-num_tokens // self.block_size) * self.num_groups
 
-    def behind_window(self, position):
-        """Leading blocks that a token at `position` (an int, or int32 [n]), and those after it, do not attend to."""
-        return np.maximum(position + 1 - (self.window or _ENDLESS), 0) // self.block_size
+    def behind_window(self, position: Any) -> np.ndarray:
+        """Leading blocks of each layer group that a token at `position` (an int, or int32 [n]), and those after it, do
+        not attend to: int32 [G], or [n, G]."""
+        return np.maximum(np.asarray(position)[..., None] + 1 - self._seen, 0) // self.block_size
+
+    def leading_nulls(self, entries: Entries) -> np.ndarray:
+        """Of each layer group, the logical blocks that its window has left: int32 [G], of a table's entries."""
+        return (np.asarray(entries, np.int32).reshape(-1, self.num_groups) == NULL_BLOCK).sum(0)
 
     @property
     def num_free(self) -> int:
@@ -79,44 +106,44 @@ class RowTables:
 
     def fork(self, source: int, row: int) -> None:
         """Lets a row without blocks share all of another's; whoever writes to one gets a copy (section 4.4)."""
-        blocks, first = self.tables[source, : self.counts[source]], int(self.firsts[source])
-        self.allocator.acquire(blocks[first:])
-        self.lay(row, blocks, self.roots[source], self.digests[source].copy(), first)
+        entries = self.tables[source, : self.counts[source]]
+        self.allocator.acquire(held(entries))
+        self.lay(row, entries, self.roots[source], self.digests[source].copy())
 
     def slide(self, rows: np.ndarray, positions: np.ndarray) -> None:
-        """Gives back the blocks behind the window of rows whose next tokens to compute are at `positions` (int32 [n]).
+        """Gives back the blocks behind the windows of rows whose next tokens to compute are at `positions` (int32 [n]).
 
         Steps run in order: who gets such a block writes to it after the last step that reads it. One block more than
         is needed stays, so that a table that is cut back to its full blocks can go on.
         """
-        if self.window is None:
+        if not any(self.windows):
             return
-        firsts = np.minimum(self.behind_window(positions - self.block_size), self.counts[rows])
-        for i in np.flatnonzero(firsts > self.firsts[rows]).tolist():
-            row, first = int(rows[i]), int(firsts[i])
-            self.allocator.release(self.tables[row, self.firsts[row] : first])
-            self.tables[row, :first] = NULL_BLOCK
-            self.firsts[row] = first
-            self.version += 1
+        ends = self.counts[rows, None] // self.num_groups
+        firsts = np.minimum(self.behind_window(positions - self.block_size), ends)  # [n, G]
+        for i, group in np.argwhere(firsts > self.firsts[rows]).tolist():
+            row, first = int(rows[i]), int(firsts[i, group])
+            left = self.by_group[row, self.firsts[row, group] : first, group]
+            self.allocator.release(left)
+            left[:] = NULL_BLOCK
+            self.firsts[row, group] = first
+            self.version += group == 0
 
     def close(self, row: int) -> None:
         """Releases a row's blocks, tail first, so that shared beginnings are evicted last."""
-        self.allocator.release(self.tables[row, self.firsts[row] : self.counts[row]][::-1])
+        self.allocator.release(held(self.tables[row, : self.counts[row]][::-1]))
         self.clear(row)
 
-    def lay(
-        self, row: int, blocks: Sequence[int] | np.ndarray, root: bytes, digests: list[bytes], first: int = 0
-    ) -> None:
+    def lay(self, row: int, entries: Entries, root: bytes, digests: list[bytes]) -> None:
         """Gives an empty row a table whose references are there already."""
-        self.tables[row, : len(blocks)] = blocks
-        self.counts[row], self.firsts[row] = len(blocks), first
+        self.tables[row, : len(entries)] = entries
+        self.counts[row], self.firsts[row] = len(entries), self.leading_nulls(entries)
         self.roots[row], self.digests[row] = root, digests
         self.version += 1
 
     def clear(self, row: int) -> None:
         """Empties a row's table; its references are the caller's now."""
         self.tables[row] = NULL_BLOCK
-        self.counts[row] = self.firsts[row] = 0
+        self.counts[row], self.firsts[row] = 0, 0
         self.digests[row] = []
         self.version += 1
 
@@ -125,7 +152,10 @@ class RowTables:
     def writes(self, rows: np.ndarray, positions: np.ndarray) -> Writes:
         """What it takes to write one token of each row (int32 [d]) at its position (int32 [d])."""
         indices = positions // self.block_size
-        fresh = indices == self.counts[rows]
+        if self.num_groups > 1:
+            indices = (indices[:, None] * self.num_groups + self._groups).ravel()
+            rows = rows.repeat(self.num_groups)
+        fresh = indices >= self.counts[rows]
         blocks = self.tables[rows, indices]
         refs = self.allocator.refs
         shared = refs[blocks] > 1
@@ -139,7 +169,7 @@ class RowTables:
     def make_writable(self, writes: Writes) -> tuple[np.ndarray, list[tuple[int, int]]]:
         """Appends the fresh blocks, and gives every sharer but the last a copy of its own. The caller checked num_free.
 
-        Returns: (block that is new in each row's table, or 0, int32 [d]; (source, destination) blocks to be copied
+        Returns: (blocks that are new in each row's table, or 0, int32 [d, G]; (source, destination) blocks to be copied
         before anything is written).
         """
         new = np.zeros(len(writes.rows), np.int32)
@@ -147,26 +177,28 @@ class RowTables:
         fresh = np.flatnonzero(writes.fresh)
         if len(fresh):
             new[fresh] = self.allocator.allocate(len(fresh))
-            rows = writes.rows[fresh]
-            self.tables[rows, writes.indices[fresh]] = new[fresh]
-            self.counts[rows] += 1
+            rows, indices = writes.rows[fresh], writes.indices[fresh]
+            self.tables[rows, indices] = new[fresh]
+            self.counts[rows] = indices + 1  # a row's last entry comes last, and stays
         for i in np.flatnonzero(writes.shared).tolist():
             copy = self.own(int(writes.rows[i]), int(writes.indices[i]))
             if copy is not None:
                 new[i] = copy[1]
                 copies.append(copy)
-        return new, copies
+        return new.reshape(-1, self.num_groups), copies
 
     def grow(self, row: int, position: int, spare: int) -> int:
-        """Appends blocks up to the one of `position` as long as `spare` stay free; returns the positions that a row
+        """Appends blocks up to those of `position` as long as `spare` stay free; returns the positions that a row
         then has blocks for."""
-        while self.counts[row] * self.block_size <= position and self.num_free > spare:
-            [self.tables[row, self.counts[row]]] = self.allocator.allocate(1)
-            self.counts[row] += 1
-        return int(self.counts[row]) * self.block_size
+        groups = self.num_groups
+        while self.counts[row] < self.blocks_for(position + 1) and self.num_free - spare >= groups:
+            count = self.counts[row]
+            self.tables[row, count : count + groups] = self.allocator.allocate(groups)
+            self.counts[row] += groups
+        return int(self.counts[row]) // groups * self.block_size
 
     def own(self, row: int, index: int) -> tuple[int, int] | None:
-        """Makes a block of a row its own; returns (source, destination) if that took a copy."""
+        """Makes the block of a row's table entry its own; returns (source, destination) if that took a copy."""
         shared = int(self.tables[row, index])
         if self.allocator.refs[shared] == 1:
             return None
@@ -178,15 +210,28 @@ class RowTables:
         return shared, block
 
     def entries(self) -> list[int]:
-        """Every entry of every row's table.
+        """The blocks of every row's table, repeats included.
 
         Raises:
-          RuntimeError: a table and its count do not agree.
+          RuntimeError: a table, its count, and where it begins do not agree.
         """
-        spans = list(enumerate(zip(self.firsts.tolist(), self.counts.tolist(), strict=True)))
-        for row, (first, count) in spans:
+        blocks: list[int] = []
+        for row, count in enumerate(self.counts.tolist()):
             if self.tables[row, count:].any():
                 raise RuntimeError(f"row {row} has table entries beyond its count")
-            if self.tables[row, :first].any():
-                raise RuntimeError(f"row {row} has table entries behind its window")
-        return [b for row, (first, count) in spans for b in self.tables[row, first:count].tolist()]
+            blocks += self.checked(self.tables[row, :count], self.firsts[row])
+        return blocks
+
+    def checked(self, entries: np.ndarray, firsts: np.ndarray) -> list[int]:
+        """The blocks of a table that begins with so many null blocks in each layer group, int32 [G].
+
+        Raises:
+          RuntimeError: it begins otherwise.
+        """
+        table = entries.reshape(-1, self.num_groups)
+        behind = np.arange(len(table))[:, None] < firsts
+        if table[behind].any():
+            raise RuntimeError("a table has entries behind its window")
+        if (table[~behind] == NULL_BLOCK).any():
+            raise RuntimeError("a table entry in use points to the null block")
+        return table[~behind].tolist()

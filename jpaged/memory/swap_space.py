@@ -2,7 +2,7 @@
 
 Blocks that the rows of a group share leave once and come back shared:
 
-    tables   [ 7 3 9 ]  [ 7 3 5 ] --out--> blocks [3 5 7 9] entries [2 0 3] [2 0 1] --in--> [ 4 8 2 ]  [ 4 8 6 ]
+    tables   [ 7 3 9 ]  [ 7 3 5 ] --out--> blocks [3 5 7 9] entries [3 1 4] [3 1 2] --in--> [ 4 8 2 ]  [ 4 8 6 ]
 
 Only the ledger lives here; the contents are the runner's business (`Swapped.contents`).
 """
@@ -13,7 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from jpaged.memory.allocator import NULL_BLOCK
 from jpaged.memory.block_manager import BlockManager
+from jpaged.memory.row_tables import held
+
+_NULL = np.array([NULL_BLOCK], np.int32)
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -21,8 +25,7 @@ class Swapped:
     """The tables of some rows after their blocks have left the pool."""
 
     blocks: np.ndarray  # int32 [k]: distinct blocks, where they were in the pool
-    firsts: list[int]  # of each row: null blocks that its table begins with
-    entries: list[np.ndarray]  # of each row, int32 [n]: the rest of its table as indices into `blocks`
+    entries: list[np.ndarray]  # of each row, int [n]: its table as places in `blocks`, from 1 on; 0: the null block
     positions: list[int]
     """Of each row: tokens whose K and V have been computed."""
     roots: list[bytes]
@@ -50,16 +53,15 @@ class SwapSpace:
         Blocks are free for others at once: the runner copies them out before the next step overwrites them.
         """
         manager = self._blocks
-        firsts = manager.firsts[list(rows)].tolist()
-        spans = zip(rows, firsts, positions, strict=True)
-        tables = [manager.tables[row, first : manager.blocks_for(position)] for row, first, position in spans]
-        blocks, entries = np.unique(np.concatenate(tables), return_inverse=True)
+        spans = zip(rows, positions, strict=True)
+        tables = [manager.tables[row, : manager.blocks_for(position)] for row, position in spans]
+        blocks, entries = np.unique(np.concatenate([_NULL, *tables]), return_inverse=True)
+        blocks, entries = blocks[1:], entries[1:]
         if self.num_used + len(blocks) > self.capacity:
             return None
         self.num_used += len(blocks)
         swapped = Swapped(
             blocks=blocks,
-            firsts=firsts,
             entries=np.split(entries, np.cumsum([len(t) for t in tables])[:-1]),
             positions=list(positions),
             roots=[manager.roots[row] for row in rows],
@@ -71,7 +73,7 @@ class SwapSpace:
 
     def blocks_needed(self, swapped: Swapped, which: Sequence[int]) -> int:
         """Blocks that the rows `which` of a swapped group take in the pool."""
-        return len(np.unique(np.concatenate([swapped.entries[i] for i in which])))
+        return len(np.unique(held(np.concatenate([swapped.entries[i] for i in which]))))
 
     def back_in(self, swapped: Swapped, which: Sequence[int], rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Gives `rows` the tables of the swapped rows `which`, shared as they were. The caller checked num_free.
@@ -79,18 +81,17 @@ class SwapSpace:
         Returns: (indices into `swapped.blocks`, the blocks of the pool that they go to), int32 [n] each.
         """
         manager, allocator = self._blocks, self._blocks.allocator
-        indices, inverse = np.unique(np.concatenate([swapped.entries[i] for i in which]), return_inverse=True)
-        blocks = np.array(allocator.allocate(len(indices)), np.int32)
-        start = 0
+        places = np.unique(held(np.concatenate([swapped.entries[i] for i in which])))
+        blocks = np.array(allocator.allocate(len(places)), np.int32)
+        moved = np.zeros(1 + len(swapped.blocks), np.int32)  # place -> block of the pool
+        moved[places] = blocks
         for i, row in zip(which, rows, strict=True):
-            table = blocks[inverse[start : start + len(swapped.entries[i])]]
-            start += len(table)
-            allocator.acquire(table)
-            first = swapped.firsts[i]
-            manager.lay(row, np.pad(table, (first, 0)), swapped.roots[i], swapped.digests[i], first)
+            table = moved[swapped.entries[i]]
+            allocator.acquire(held(table))
+            manager.lay(row, table, swapped.roots[i], swapped.digests[i])
         allocator.release(blocks)
         self.forget(swapped)
-        return indices.astype(np.int32), blocks
+        return (places - 1).astype(np.int32), blocks
 
     def forget(self, swapped: Swapped) -> None:
         """Gives up the room of a swapped group."""

@@ -76,6 +76,7 @@ def data(recording: "Recording") -> dict[str, Any]:
         "numBlocks": recording.pool.num_blocks,
         "blockSize": recording.pool.block_size,
         "hostBlocks": recording.pool.host_blocks,
+        "layerGroups": recording.pool.layer_groups,
         "frames": recording.frames,
         "milliseconds": _differences(recording.milliseconds),
         "measures": {name: _differences(getattr(m, name) for m in recording.measures) for name in names},

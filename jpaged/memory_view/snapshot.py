@@ -56,6 +56,8 @@ class PoolShape(NamedTuple):
     """Tokens a block."""
     host_blocks: int = 0
     """Blocks that host memory has room for."""
+    layer_groups: int = 1
+    """Blocks that hold some tokens, one for each group of layers."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class SequenceState:
     """The prompt and what has been generated and read back: a tuple; or, if which tokens they are shall not be told, a
     range, as long as they are many."""
     blocks: tuple[int, ...]
-    """Its block table: logical to physical; 0 where the window has left a block. Empty while it waits."""
+    """Its block table: of each logical block, a physical one for each group of layers; 0 where the window has left it.
+    Empty while it waits."""
     written: int
     """Tokens whose K and V are in the pool, those of steps that are launched included."""
     placed: int
@@ -182,7 +185,7 @@ def snapshot(engine: Observable, groups: Iterable[SequenceGroup], *, with_tokens
         requests.insert(0, RequestState(PARKED, "parked", Status.PARKED, "", 0, 0, 0))
         sequences[:0] = sorted(map(_parked, blocks.parked), key=lambda state: state.index)
     return Snapshot(
-        PoolShape(blocks.allocator.num_blocks, blocks.block_size, scheduler.swap_space.capacity),
+        PoolShape(blocks.allocator.num_blocks, blocks.block_size, scheduler.swap_space.capacity, blocks.num_groups),
         tuple(requests),
         tuple(sequences),
         frozenset(blocks.allocator.cached_blocks()),
@@ -253,7 +256,7 @@ def measure(snapshot: Snapshot) -> Measures:
     placed = np.zeros(num_blocks, np.int64)
     for sequence in snapshot.sequences:
         table = np.array(sequence.blocks, np.int64)
-        start = np.arange(len(table)) * size
+        start = np.arange(len(table)) // snapshot.pool.layer_groups * size
         np.add.at(references, table, 1)
         np.maximum.at(written, table, np.clip(sequence.written - start, 0, size))
         np.maximum.at(placed, table, np.clip(sequence.placed - start, 0, size))

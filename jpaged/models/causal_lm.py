@@ -19,12 +19,13 @@ from jpaged.models import batch_invariant
 from jpaged.models.batch_invariant import in_tiles
 from jpaged.models.config import ModelConfig, RopeConfig
 from jpaged.models.layers import Angles, DecoderLayer
-from jpaged.models.layout import PagedLayout
+from jpaged.models.layout import GroupedLayout, PagedLayout
 from jpaged.models.rope import cos_sin
 from pallas_kernels.paged_attention import KV
 
 Pool = tuple[KV, ...]
-"""One array of blocks per layer; see `pallas_kernels.paged_attention` for the layout."""
+"""One array of blocks per layer, or for one layer of each group (`GroupedLayout`). `pallas_kernels.paged_attention` has
+their layout."""
 
 
 SITES = {"residual": (), "attention": ("self_attn", "attn", "attention"), "mlp": ("mlp", "fc2")}
@@ -137,14 +138,15 @@ class CausalLM(nn.Module):
         tokens: jax.Array,
         positions: jax.Array | None = None,
         pool: Pool | None = None,
-        layout: PagedLayout | None = None,
+        layout: PagedLayout | GroupedLayout | None = None,
     ) -> tuple[jax.Array, Pool | None]:
         """The final hidden states, normed.
 
         Args:
           tokens: int32 [B, T] without a pool, [T] with one.
           positions: int32, like tokens; None: 0, 1, 2, ... along the last axis.
-          pool: the paged KV cache, one array a layer. None: the tokens attend to each other, causally.
+          pool: the paged KV cache, one array a layer, or for one layer of each group. None: the tokens attend to each
+            other, causally.
           layout: where the tokens' K and V go, and what they attend to. Needed with a pool.
 
         Returns: (hidden [*tokens.shape, E], pool with the tokens' K and V written, or None).
@@ -155,11 +157,11 @@ class CausalLM(nn.Module):
         x = by_token("embed", tokens, positions)
         ropes = {layer.layer.rope for layer in self.layers}
         angles = {rope: rope and by_token("angles", positions, rope=rope) for rope in ropes}
-        pools: list[KV | None] = []
+        arrays: list[KV | None] = [None] * len(self.layers) if pool is None else list(pool)
         for i, layer in enumerate(self.layers):
-            x, kv = self._run(layer, x, angles[layer.layer.rope], None if pool is None else pool[i], layout)
-            pools.append(kv)
-        return by_token("finish", x), None if pool is None else tuple(kv for kv in pools if kv is not None)
+            array, its_layout = (i, None) if layout is None else layout.of_layer(i)
+            x, arrays[array] = self._run(layer, x, angles[layer.layer.rope], arrays[array], its_layout)
+        return by_token("finish", x), None if pool is None else tuple(kv for kv in arrays if kv is not None)
 
     def _run(self, layer: DecoderLayer, *arguments):
         if self.is_initializing():

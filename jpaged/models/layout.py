@@ -1,5 +1,6 @@
 """PagedLayout: where a paged forward pass finds and puts keys and values."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,10 @@ class PagedLayout(NamedTuple):
     decode_shared: SharedPrefixes | None = None
     """Which rows of the decode lane begin with the same blocks."""
 
+    def of_layer(self, index: int) -> tuple[int, "PagedLayout"]:
+        """(which of the pool's arrays a layer has, the layout for it): each has its own, and one layout serves all."""
+        return index, self
+
     @property
     def num_decodes(self) -> int:
         return self.decode_tables.shape[0]
@@ -33,6 +38,23 @@ class PagedLayout(NamedTuple):
     @property
     def num_tiles(self) -> int:
         return self.prefill_tables.shape[0]
+
+
+class GroupedLayout:
+    """The layouts of a forward pass whose layers are divided into groups.
+
+    Args:
+      places: of each layer, see `LayerGroups`.
+      layouts: of each group.
+    """
+
+    def __init__(self, places: Sequence[tuple[int, int]], layouts: Sequence[PagedLayout]) -> None:
+        self._places, self._layouts = places, layouts
+
+    def of_layer(self, index: int) -> tuple[int, PagedLayout]:
+        """(which of the pool's arrays a layer has, the layout for it)."""
+        group, array = self._places[index]
+        return array, self._layouts[group]
 
 
 class Tap:

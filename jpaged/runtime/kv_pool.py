@@ -1,4 +1,4 @@
-"""The KV pool: all blocks of all layers, as one array a layer, and how many of them the memory budget gives.
+"""The KV pool: all blocks, as one array for a layer of each group, and how many of them the memory budget gives.
 
 A layer of a quantised pool is two arrays: 8-bit values, and a scale for each token and head
 (`pallas_kernels.paged_attention.QuantizedKV`).
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, Sharding
 
 from jpaged.errors import InvalidConfigError, OutOfMemoryError
-from jpaged.models.config import ModelConfig
+from jpaged.models.config import LayerGroups, ModelConfig
 from jpaged.models.sharding import POOL, pool_heads
 from pallas_kernels.paged_attention import KV, QuantizedKV, pool_shape
 from pallas_kernels.paged_attention.quantized import LARGEST
@@ -28,11 +28,11 @@ _SCALE = jnp.dtype("float32")
 class KVPoolSpec:
     """Shape of a pool.
 
-    A pool itself is a plain tuple with one array a layer (or `QuantizedKV`), so that models take it as they take any
-    pytree.
+    A pool itself is a plain tuple with one array (or `QuantizedKV`) for a layer of each group, so that models take it
+    as they take any pytree. A block belongs to one group of layers at a time, and holds what they keep of its tokens.
     """
 
-    num_layers: int
+    groups: LayerGroups
     num_blocks: int
     """The null block included."""
     block_size: int
@@ -47,11 +47,24 @@ class KVPoolSpec:
 
     @classmethod
     def of(
-        cls, config: ModelConfig, dtype: jnp.dtype, num_blocks: int, block_size: int, mesh: Mesh | None = None
+        cls,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        num_blocks: int,
+        block_size: int,
+        mesh: Mesh | None = None,
+        groups: LayerGroups | None = None,
     ) -> "KVPoolSpec":
+        """A model's; without `groups`, its layers are one, and no window ever leaves a block."""
         parts, heads, width = config.cache_shape
         heads = pool_heads(heads, 1 if mesh is None else mesh.size)
-        return cls(config.num_hidden_layers, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts, mesh)
+        groups = groups or LayerGroups.of([None] * config.num_hidden_layers)
+        return cls(groups, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts, mesh)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of a group: arrays of the pool."""
+        return self.groups.size
 
     @property
     def layer_shape(self) -> tuple[int, ...]:
@@ -63,7 +76,7 @@ class KVPoolSpec:
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block: what all layers keep of `block_size` tokens, on all devices together."""
+        """Bytes of one block: what a group's layers keep of `block_size` tokens, on all devices together."""
         vectors = self.parts * self.num_layers * self.block_size * self.num_kv_heads
         return vectors * (self.head_dim * self.dtype.itemsize + (_SCALE.itemsize if self.quantized else 0))
 

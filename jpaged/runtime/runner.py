@@ -104,9 +104,8 @@ class Runner:
         self._leaves, self._treedef = jax.tree.flatten(params)
         self._in_pieces = jax.default_backend() == "cpu" and pool.mesh is None
         self._compiled: dict[tuple, Any] = {}
-        self._make_state = functools.partial(
-            batch.empty, max_num_seqs, max_model_len, pool.block_size, config.vocab_size
-        )
+        table_width = -(-max_model_len // pool.block_size) * len(pool.groups.windows)
+        self._make_state = functools.partial(batch.empty, max_num_seqs, max_model_len, table_width, config.vocab_size)
         self.on_compile: Callable[[tuple], contextlib.AbstractContextManager] = contextlib.nullcontext
         """Entered with the key of a program while it is compiled: for whoever shows what is going on."""
         self.on_missing: Callable[[Bucket, Variant], None] | None = None
@@ -144,8 +143,9 @@ class Runner:
         key = ("forward", bucket) if self.capture is None else ("forward", bucket, self.capture)
         if key in self._compiled:
             return self._compiled[key]
-        packed = jax.ShapeDtypeStruct((bucket.packed_size,), jnp.int32)
-        forward = make_forward(self.model, self.spec.block_size, self.tile_size, bucket, self.capture)
+        groups = self.spec.groups
+        packed = jax.ShapeDtypeStruct((bucket.packed_size(len(groups.windows)),), jnp.int32)
+        forward = make_forward(self.model, groups, self.spec.block_size, self.tile_size, bucket, self.capture)
 
         # A flat list of leaves goes through dispatch twice as fast as a nested tree.
         def flat_forward(leaves, *rest):
@@ -231,7 +231,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------ launch
 
     def admit(self, sequence: Sequence, table: np.ndarray, bad_words: list[list[int]]) -> None:
-        """Uploads an admitted sequence's tokens, block table [W] and sampling parameters to its row."""
+        """Uploads an admitted sequence's tokens, block table [W * G] and sampling parameters to its row."""
         self.state = self._admit(self.state, batch.pack_admission(sequence, table, self.max_model_len))
         if sequence.group.params.needs_rules:
             rules = batch.rules_of(sequence, self._vocab_size, bad_words)

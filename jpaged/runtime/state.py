@@ -45,14 +45,14 @@ class BatchState(NamedTuple):
     """One entry a row; the last row is the null row that padding writes to."""
 
     tokens: jax.Array  # int32 [rows, max_model_len]: known and sampled tokens by position
-    tables: jax.Array  # int32 [rows, W]: block tables
+    tables: jax.Array  # int32 [rows, W * G]: block tables, as `RowTables` has them
     parameters: jax.Array  # int32 [rows, NUM_PARAMETERS]: FLOATS (bits) then INTEGERS
     rules: Rules
 
 
-def empty(num_rows: int, max_model_len: int, block_size: int, vocab_size: int) -> BatchState:
+def empty(num_rows: int, max_model_len: int, table_width: int, vocab_size: int) -> BatchState:
     """The state of a batch without sequences; `num_rows` does not count the null row."""
-    rows, table_width = num_rows + 1, -(-max_model_len // block_size)
+    rows = num_rows + 1
     rules = Rules(
         bias_tokens=jnp.full((rows, MAX_LOGIT_BIAS), NO_TOKEN, jnp.int32),
         bias_values=jnp.zeros((rows, MAX_LOGIT_BIAS), jnp.float32),
@@ -70,7 +70,7 @@ def empty(num_rows: int, max_model_len: int, block_size: int, vocab_size: int) -
 
 
 def pack_admission(sequence: Sequence, table: np.ndarray, max_model_len: int) -> np.ndarray:
-    """A sequence's row as one int32 array: row | parameters | tokens [max_model_len] | table [W]."""
+    """A sequence's row as one int32 array: row | parameters | tokens [max_model_len] | table [W * G]."""
     params, seed = sequence.group.params, sequence.group.seed
     head = 1 + NUM_PARAMETERS
     packed = np.zeros(head + max_model_len + len(table), np.int32)

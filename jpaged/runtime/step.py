@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jpaged.models.causal_lm import Capture
-from jpaged.models.layout import PagedLayout
+from jpaged.models.config import LayerGroups
+from jpaged.models.layout import GroupedLayout, PagedLayout
 from jpaged.models.sharding import POOL, split
 from jpaged.runtime.sampler import logprobs
 from jpaged.scheduling.plan import Bucket, split_packed
@@ -42,50 +43,60 @@ class _Plan(NamedTuple):
 
     rows: jax.Array  # int32 [R]
     positions: jax.Array  # int32 [R]
-    new_blocks: jax.Array  # int32 [R]
+    new_blocks: jax.Array  # int32 [G, R]
     tile_rows: jax.Array  # int32 [P]
     tile_starts: jax.Array  # int32 [P]
     tile_lengths: jax.Array  # int32 [P]
     result_rows: jax.Array  # int32 [N]
     result_tokens: jax.Array  # int32 [N]
-    copy_sources: jax.Array  # int32 [N]
-    copy_destinations: jax.Array  # int32 [N]
+    copy_sources: jax.Array  # int32 [G * N]
+    copy_destinations: jax.Array  # int32 [G * N]
 
 
 def make_forward(
-    model: nn.Module, block_size: int, tile_size: int, bucket: Bucket, capture: Capture | None = None
+    model: nn.Module,
+    groups: LayerGroups,
+    block_size: int,
+    tile_size: int,
+    bucket: Bucket,
+    capture: Capture | None = None,
 ) -> Callable:
     """The forward pass of one bucket, for `jax.jit(..., donate_argnums=(1, 2))`.
 
-    Arguments: params (the Linen tree), pool, tables (int32 [rows, W]), tokens (int32 [rows, L]), packed (int32
-    [bucket.packed_size]). Returns (pool, tables, Forward).
+    Arguments: params (the Linen tree), pool, tables (int32 [rows, W * G]), tokens (int32 [rows, L]), packed (int32
+    [bucket.packed_size(G)]). Returns (pool, tables, Forward).
     """
-    num_decodes = bucket.decode_rows
+    num_decodes, num_groups = bucket.decode_rows, len(groups.windows)
 
     def forward(params, pool, tables: jax.Array, tokens: jax.Array, packed: jax.Array):
-        decode_lane, prefill_lane, results, num_copies, pieces = split_packed(packed, bucket)
-        plan = _Plan(*decode_lane, *prefill_lane, *results)
+        decode_lane, prefill_lane, results, copies, num_copies, pieces = split_packed(packed, bucket, num_groups)
+        plan = _Plan(decode_lane[0], decode_lane[1], decode_lane[2:], *prefill_lane, *results, *copies)
         null_row = tokens.shape[0] - 1
         copy = split(copy_blocks, (POOL, P(), P(), P()), POOL)
         pool = copy(pool, plan.copy_sources, plan.copy_destinations, num_copies[0])
-        tables = _enter_blocks(tables, plan, block_size)
+        tables = _enter_blocks(tables, plan, block_size, num_groups)
         offsets = jnp.arange(tile_size)
         real = offsets < plan.tile_lengths[:, None]  # [P, C]
         tile_positions = plan.tile_starts[:, None] + jnp.where(real, offsets, 0)  # padding stays in range
         rows = jnp.concatenate([plan.rows, jnp.repeat(plan.tile_rows, tile_size)])  # [T]
         positions = jnp.concatenate([plan.positions, tile_positions.reshape(-1)])  # [T]
-        slots = tables[rows, positions // block_size] * block_size + positions % block_size
         # Padding of a tile writes to the null block, as padding rows do by their empty tables.
-        slots *= jnp.concatenate([jnp.ones(num_decodes, jnp.int32), real.reshape(-1).astype(jnp.int32)])
-        layout = PagedLayout(
-            slots=slots,
-            decode_tables=tables[plan.rows],
-            decode_lengths=jnp.where(plan.rows == null_row, 0, plan.positions + 1),
-            prefill_tables=tables[plan.tile_rows],
-            prefill_starts=plan.tile_starts,
-            prefill_lengths=plan.tile_lengths,
-            decode_shared=SharedPrefixes(pieces[:, :-1], pieces[:, -1] * block_size) if len(pieces) else None,
-        )
+        written = jnp.concatenate([jnp.ones(num_decodes, jnp.int32), real.reshape(-1).astype(jnp.int32)])
+        shared = SharedPrefixes(pieces[:, :-1], pieces[:, -1] * block_size) if len(pieces) else None
+
+        def layout_of(group: int) -> PagedLayout:
+            blocks = tables[rows, positions // block_size * num_groups + group]
+            return PagedLayout(
+                slots=(blocks * block_size + positions % block_size) * written,
+                decode_tables=tables[plan.rows, group::num_groups],
+                decode_lengths=jnp.where(plan.rows == null_row, 0, plan.positions + 1),
+                prefill_tables=tables[plan.tile_rows, group::num_groups],
+                prefill_starts=plan.tile_starts,
+                prefill_lengths=plan.tile_lengths,
+                decode_shared=shared if group == 0 else None,
+            )
+
+        layout = GroupedLayout(groups.places, [layout_of(group) for group in range(num_groups)])
         variables = {"params": params}
         arguments, captured = (tokens[rows, positions], positions, pool, layout), None
         if capture is None:
@@ -113,9 +124,9 @@ def _logits(model: nn.Module, params, hidden: jax.Array) -> jax.Array:
     return model.apply({"params": params}, hidden, method="logits")  # type: ignore[return-value]  # no mutable state
 
 
-def _enter_blocks(tables: jax.Array, plan: _Plan, block_size: int) -> jax.Array:
+def _enter_blocks(tables: jax.Array, plan: _Plan, block_size: int, groups: int) -> jax.Array:
     """Writes the decode lane's new blocks into the block tables: appended ones, and copies of shared ones."""
-    index = plan.positions // block_size
+    index = plan.positions // block_size * groups + jnp.arange(groups)[:, None]  # [G, R]
     kept = tables[plan.rows, index]
     return tables.at[plan.rows, index].set(jnp.where(plan.new_blocks > 0, plan.new_blocks, kept))
 

@@ -113,7 +113,8 @@ class Admission:
         rows = rows[(batch.position[rows] >= batch.target[rows]) & (batch.position[rows] < batch.end[rows])]
         if 0 < len(rows) <= room and group not in {t.sequence.group for t in draft.tiles}:
             draft.rows = np.concatenate([draft.rows, rows])
-            draft.new_blocks = np.concatenate([draft.new_blocks, np.zeros_like(rows)])
+            none = np.zeros((len(rows), self._blocks.num_groups), np.int32)
+            draft.new_blocks = np.concatenate([draft.new_blocks, none])
 
     def vacate(self, sequence: Sequence, *, park: bool = False) -> None:
         """Takes a sequence's row and blocks, if it has any.

@@ -27,7 +27,7 @@ class Draft:
     admitted: list[Sequence] = dataclasses.field(default_factory=list)
     preempted: bool = False
     rows: np.ndarray = dataclasses.field(default_factory=_none)
-    new_blocks: np.ndarray = dataclasses.field(default_factory=_none)
+    new_blocks: np.ndarray = dataclasses.field(default_factory=lambda: _none().reshape(0, 1))
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     guesses: list[Guesses] = dataclasses.field(default_factory=list)
     shared: list[Piece] = dataclasses.field(default_factory=list)

@@ -7,17 +7,18 @@
 A step's tokens are the decode lane's followed by the tiles'. Its results are the tokens that it samples, each from
 the logits after one of its tokens: a group's samples all draw their first token after the last one of their prompt.
 
-Packed into one int32 array for the device (N = D + P):
+Packed into one int32 array for the device (N = D + P; G layer groups, each with blocks of its own):
 
-    rows[D] | positions[D] | new_blocks[D] || tile rows[P] | tile starts[P] | tile lengths[P] ||
-    result rows[N] | result tokens[N] | copy sources[N] | copy destinations[N] || number of copies ||
-    shared pieces[G]: members [S], blocks
+    rows[D] | positions[D] | new_blocks[G, D] || tile rows[P] | tile starts[P] | tile lengths[P] ||
+    result rows[N] | result tokens[N] || copy sources[G * N] | copy destinations[G * N] | number of copies ||
+    shared pieces: members [S], blocks
 
 Everything that a step does besides computing stands in the plan too, in the order in which it is done
 (DESIGN, contract 5): blocks swapped out, swapped in, rows edited and admitted, blocks copied on write.
 """
 
 import dataclasses
+import functools
 import itertools
 from typing import NamedTuple
 
@@ -39,10 +40,9 @@ class Bucket(NamedTuple):
     decode_rows: int
     prefill_tiles: int
 
-    @property
-    def packed_size(self) -> int:
-        lanes = 3 * self.decode_rows + 3 * self.prefill_tiles
-        return lanes + 4 * self.num_results + 1 + self.num_pieces * (MEMBERS + 1)
+    def packed_size(self, groups: int) -> int:
+        """Of a plan, for so many layer groups."""
+        return _ends(self, groups)[-1]
 
     @property
     def num_pieces(self) -> int:
@@ -154,7 +154,7 @@ class StepPlan:
     """Of the decode lane, in order; one with guesses stands there several times."""
     rows: np.ndarray  # int32 [d]
     positions: np.ndarray  # int32 [d]: of the token that is computed
-    new_blocks: np.ndarray  # int32 [d]: block that is new in the row's table at that token; 0 = none
+    new_blocks: np.ndarray  # int32 [d, G]: blocks that are new in the row's table at that token; 0 = none
     tiles: list[Tile]
     sampling: list[Sequence]
     """The sequences that get a token from this step, if what was guessed before it is right; result i is that of
@@ -162,7 +162,7 @@ class StepPlan:
     result_rows: np.ndarray  # int32 [n]
     result_tokens: np.ndarray  # int32 [n]: after which of the step's tokens each is sampled
     shared: list[Piece]
-    """Rows of the decode lane that begin with the same blocks."""
+    """Rows of the decode lane that begin with the same blocks, in the first layer group."""
     guesses: list[Guesses]
     """The last lanes of the decode lane: rows that stand there already, one guessed token further each."""
     beams: list[tuple[SequenceGroup, list[int]]]
@@ -197,14 +197,15 @@ class StepPlan:
         return weights
 
     def pack(self, null_row: int) -> np.ndarray:
-        """The integers of the plan, int32 [bucket.packed_size]; padding points to `null_row`."""
-        packed = np.zeros(self.bucket.packed_size, np.int32)
-        decode, prefill, results, num_copies, pieces = split_packed(packed, self.bucket)
+        """The integers of the plan, int32 [bucket.packed_size(G)]; padding points to `null_row`."""
+        groups = self.new_blocks.shape[1]
+        packed = np.zeros(self.bucket.packed_size(groups), np.int32)
+        decode, prefill, results, copies, num_copies, pieces = split_packed(packed, self.bucket, groups)
         count = len(self.rows)
         decode[0, :count] = self.rows
         decode[0, count:] = null_row
         decode[1, :count] = self.positions
-        decode[2, :count] = self.new_blocks
+        decode[2:, :count] = self.new_blocks.T
         if self.bucket.prefill_tiles:
             prefill[0, :] = null_row
             for i, (_, row, start, length, _) in enumerate(self.tiles):
@@ -214,7 +215,7 @@ class StepPlan:
         results[0, count:] = null_row
         results[1, :count] = self.result_tokens
         if self.copies:
-            results[2:, : len(self.copies)] = np.array(self.copies, np.int32).T
+            copies[:, : len(self.copies)] = np.array(self.copies, np.int32).T
             num_copies[:] = len(self.copies)
         for piece, (members, num_blocks) in zip(pieces, self.shared, strict=False):  # those that save most come first
             piece[: len(members)] = members
@@ -223,19 +224,34 @@ class StepPlan:
         return packed
 
 
-def split_packed(packed, bucket: Bucket):
-    """The parts of a packed plan, NumPy's or JAX's.
+@functools.cache
+def _ends(bucket: Bucket, groups: int) -> tuple[int, ...]:
+    """Where the parts of a packed plan end."""
+    sizes = (
+        (2 + groups) * bucket.decode_rows,
+        3 * bucket.prefill_tiles,
+        2 * bucket.num_results,
+        2 * groups * bucket.num_results,
+        1,
+        bucket.num_pieces * (MEMBERS + 1),
+    )
+    return tuple(itertools.accumulate(sizes))
 
-    Returns: decode lane [3, D], prefill lane [3, P], results and copies [4, N], number of copies [1], pieces [G, S+1].
+
+def split_packed(packed, bucket: Bucket, groups: int):
+    """The parts of a packed plan, NumPy's or JAX's, for so many layer groups.
+
+    Returns: decode lane [2 + G, D], prefill lane [3, P], results [2, N], copies [2, G * N], number of copies [1],
+    pieces [pieces, S + 1].
     """
-    sizes = (3 * bucket.decode_rows, 3 * bucket.prefill_tiles, 4 * bucket.num_results, 1)
-    a, b, c, d = itertools.accumulate(sizes)
+    a, b, c, d, e, f = _ends(bucket, groups)
     return (
-        packed[:a].reshape(3, -1),
+        packed[:a].reshape(2 + groups, -1),
         packed[a:b].reshape(3, -1),
-        packed[b:c].reshape(4, -1),
-        packed[c:d],
-        packed[d:].reshape(bucket.num_pieces, MEMBERS + 1),
+        packed[b:c].reshape(2, -1),
+        packed[c:d].reshape(2, -1),
+        packed[d:e],
+        packed[e:f].reshape(bucket.num_pieces, MEMBERS + 1),
     )
 
 

@@ -103,7 +103,8 @@ class Preemption:
             which = [i for i, s in enumerate(owners) if not s.finished]
             reserve, running = 0, self._roster.running
             if running:
-                reserve = self._blocks.watermark_blocks + len(which) + sum(len(g.unfinished) for g in running)
+                writers = len(which) + sum(len(g.unfinished) for g in running)
+                reserve = self._blocks.watermark_blocks + writers * self._blocks.num_groups
             need = self.swap_space.blocks_needed(swapped, which) + reserve
             if need > self._blocks.num_free:
                 self._blocks.parked.reclaim(need)

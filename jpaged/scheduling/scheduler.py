@@ -157,10 +157,11 @@ class Scheduler:
     def _most_blocks(self, group: SequenceGroup) -> int:
         """Blocks that a group needs at its longest: only the full blocks of its prompt are certain to be shared.
 
-        A window does not count: after a preemption, all of its tokens are given blocks before they are computed anew.
+        Windows do not count: after a preemption, all of its tokens are given blocks before they are computed anew.
         """
         size, sequences = self.blocks.block_size, group.unfinished
-        shared = len(group.prompt_token_ids) // size if len(sequences) > 1 else 0
+        full = len(group.prompt_token_ids) // size * size
+        shared = self.blocks.blocks_for(full) if len(sequences) > 1 else 0
         return shared + sum(self.blocks.blocks_for(s.max_length - 1) - shared for s in sequences)
 
     def pin(self, table: Table) -> None:
@@ -268,7 +269,8 @@ class Scheduler:
         """Starts waiting groups, in order, while rows, blocks and tiles last; stops at the first that must wait."""
         while self._tiles_left(draft) > 0 and (group := self.roster.next_waiting()) is not None:
             # Whoever forks will soon write to a block of its own. A group that would be alone may use the last block.
-            reserve = self.blocks.watermark_blocks + len(group.unfinished) - 1 if self.running else 0
+            forks = (len(group.unfinished) - 1) * self.blocks.num_groups
+            reserve = self.blocks.watermark_blocks + forks if self.running else 0
             if not self._admission.try_admit(group, draft, reserve=reserve):
                 break
             self.roster.run(group)

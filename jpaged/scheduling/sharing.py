@@ -1,5 +1,7 @@
 """Which rows of a step begin with the same blocks, so that attention reads these once for all of them.
 
+Of the layer groups, only the first is looked at: the one that sees furthest.
+
 Samples of one prompt, beams, and requests with a common system prompt form a tree of shared blocks. Each row joins the
 node of that tree at which most reading is saved:
 
@@ -52,10 +54,10 @@ class SharingFinder:
         readers = blocks.allocator.refs[blocks.tables[rows, 0]]
         if len(rows):
             readers = readers * np.bincount(rows)[rows]  # a row with guesses has several lanes
-        lanes = np.flatnonzero((readers > 1) & (full > 0) & (blocks.firsts[rows] == 0))
+        lanes = np.flatnonzero((readers > 1) & (full > 0) & (blocks.firsts[rows, 0] == 0))
         if len(lanes) < self._min_members:
             return []
-        tables = blocks.tables[rows[lanes], : full[lanes].max()]
+        tables = blocks.by_group[rows[lanes], : full[lanes].max(), 0]
         pieces: list[Piece] = []
         for group, common in _split(tables, full[lanes], np.arange(len(lanes)))[1]:
             for start in range(0, len(group), MEMBERS):

@@ -57,7 +57,7 @@ class Speculation:
           budget: most tokens of the decode lane.
         """
         left = min(self._max_lanes - draft.num_drawing, budget) - len(draft.rows)
-        spare = self._blocks.watermark_blocks + len(draft.rows)
+        spare = self._blocks.watermark_blocks + len(draft.rows) * self._blocks.num_groups
         for row in draft.rows.tolist():
             guesses = self._guess(row, draft.admitted, left, spare)
             if guesses.tokens:
@@ -66,10 +66,10 @@ class Speculation:
         if draft.guesses:
             rows = np.array([row for row, _, _ in lanes(draft.guesses)], np.int32)
             draft.rows = np.concatenate([draft.rows, rows])
-            # Lanes of one row write the same entry of its table: each must bring what stands there.
-            entries = self._blocks.tables[draft.rows, draft.positions(self._batch) // self._blocks.block_size]
-            fresh = np.concatenate([draft.new_blocks, np.zeros_like(rows)])
-            draft.new_blocks = np.where(np.isin(draft.rows, rows), entries, fresh)
+            # Lanes of one row write the same entries of its table: each must bring what stands there.
+            entries = self._blocks.by_group[draft.rows, draft.positions(self._batch) // self._blocks.block_size]
+            fresh = np.concatenate([draft.new_blocks, np.zeros_like(entries[len(draft.new_blocks) :])])
+            draft.new_blocks = np.where(np.isin(draft.rows, rows)[:, None], entries, fresh)
 
     def _guess(self, row: int, admitted: list[Sequence], left: int, spare: int) -> Guesses:
         """Guesses for one row; none if it was just admitted, as its tokens are uploaded after the guesses."""

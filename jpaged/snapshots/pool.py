@@ -13,16 +13,18 @@ Tree = dict[str, Any]
 def read_cache(blocks: BlockManager, runner: Runner) -> Tree:
     """All blocks that can be found by their content; {} if there are none.
 
-    Returns: names (`PrefixCache.content`) as uint8 [n, 32] and int32 [n, block_size], and contents by layer [n, ...].
+    Returns: names (`PrefixCache.content`) as int32 [n], uint8 [n, 32] and int32 [n, block_size], and contents by array
+    of the pool [n, ...].
     """
     content = blocks.cached_content()
     if not content:
         return {}
-    layers = runner.swapper.read(runner.pool, np.array([block for block, _, _ in content], np.int32))
+    layers = runner.swapper.read(runner.pool, np.array([block for block, *_ in content], np.int32))
     return {
         "weights_version": np.array(blocks.weights_version),
-        "parents": np.frombuffer(b"".join(parent for _, parent, _ in content), np.uint8).reshape(len(content), -1),
-        "tokens": np.array([np.frombuffer(tokens, np.int32) for _, _, tokens in content]),
+        "groups": np.array([group for _, group, _, _ in content], np.int32),
+        "parents": np.frombuffer(b"".join(parent for *_, parent, _ in content), np.uint8).reshape(len(content), -1),
+        "tokens": np.array([np.frombuffer(tokens, np.int32) for *_, tokens in content]),
         "layers": {str(i): layer for i, layer in enumerate(layers)},
     }
 
@@ -38,7 +40,7 @@ def adopt_cache(tree: Tree, blocks: BlockManager, runner: Runner) -> int:
     if tree["tokens"].shape[1] != blocks.block_size or not runner.swapper.fits(runner.pool, layers):
         return 0
     count = min(len(tree["tokens"]), blocks.num_free)
-    names = zip(tree["parents"][-count:], tree["tokens"][-count:], strict=True)
-    adopted = blocks.adopt([(parent.tobytes(), tokens.tolist()) for parent, tokens in names])
+    names = zip(*(tree[name][-count:] for name in ("groups", "parents", "tokens")), strict=True)
+    adopted = blocks.adopt([(int(group), parent.tobytes(), tokens.tolist()) for group, parent, tokens in names])
     runner.pool = runner.swapper.write(runner.pool, [layer[-count:] for layer in layers], adopted)
     return count

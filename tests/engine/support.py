@@ -44,9 +44,9 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
             num_blocks or total,
             config.block_size,
             rows,
-            width,
+            width // parts.blocks.num_groups,
             enable_prefix_caching=enable_prefix_caching,
-            window=parts.blocks.window,
+            windows=parts.blocks.windows,
         )
         scheduler = Scheduler(
             blocks,

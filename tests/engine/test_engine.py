@@ -7,6 +7,7 @@ import pytest
 
 from jpaged import SamplingParams
 from jpaged.errors import EngineDeadError, InvalidConfigError, InvalidRequestError, OutOfMemoryError
+from jpaged.models.config import LayerGroups
 from jpaged.sampling_params import RequestOutputKind
 from tests.engine.support import llm_of, run
 
@@ -298,7 +299,7 @@ def test_budget_too_small_for_a_block():
 
     from jpaged.runtime.kv_pool import KVPoolSpec, blocks_in_budget
 
-    spec = KVPoolSpec(2, 2, 16, 2, 64, jnp.dtype("float32"))
+    spec = KVPoolSpec(LayerGroups.of([None, None]), 2, 16, 2, 64, jnp.dtype("float32"))
     assert blocks_in_budget(10 * spec.block_bytes, spec, 100) == 10
     assert blocks_in_budget(1000 * spec.block_bytes, spec, 100) == 100
     with pytest.raises(OutOfMemoryError, match="kv_cache_memory_bytes"):

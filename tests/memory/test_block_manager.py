@@ -25,7 +25,7 @@ def grown(blocks, rows):
     assert writes.num_blocks == len(rows)
     new, copies = blocks.make_writable(writes)
     assert not copies
-    return new.tolist()
+    return new.ravel().tolist()
 
 
 def computed(blocks, row, tokens, **options):
@@ -187,7 +187,7 @@ def decoded(blocks, rows, position):
     new, copies = blocks.make_writable(writes)
     assert free - blocks.num_free == writes.num_blocks
     blocks.check_invariants()
-    return new.tolist(), copies
+    return new.ravel().tolist(), copies
 
 
 def test_a_fork_shares_every_block_and_costs_none():
@@ -284,7 +284,7 @@ def slid(blocks, row, position):
 
 
 def test_a_window_leaves_blocks_behind():
-    blocks = manager(window=6, enable_prefix_caching=False)
+    blocks = manager(windows=[6], enable_prefix_caching=False)
     opened(blocks, 0, range(24))
     slid(blocks, 0, 13)
     assert (blocks.tables[0, :6].tolist(), blocks.num_used) == ([0, 2, 3, 4, 5, 6], 5), "one more than is needed stays"
@@ -295,8 +295,27 @@ def test_a_window_leaves_blocks_behind():
     assert blocks.num_used == 3
 
 
+def test_layers_with_a_window_give_back_what_the_others_keep():
+    """Two groups: entries of a table alternate, and each group frees what its own window has left."""
+    blocks = manager(num_blocks=30, windows=[None, 6], enable_prefix_caching=False)
+    opened(blocks, 0, range(22))
+    assert blocks.tables[0].tolist() == [*range(1, 13), 0, 0, 0, 0]
+    assert decoded(blocks, [0], 22) == ([0, 0], [])
+    slid(blocks, 0, 23)
+    assert blocks.by_group[0, :7].tolist() == [[1, 0], [3, 0], [5, 0], [7, 8], [9, 10], [11, 12], [0, 0]]
+    blocks.fork(0, 1)
+    assert decoded(blocks, [0, 1], 23) == ([6, 4, 0, 0], [(11, 6), (12, 4)]), (
+        "one of the sharers copies, in both groups"
+    )
+    assert decoded(blocks, [0], 24) == ([2, 13], [])
+    assert blocks.num_used == 6 + 3 + 2 + 2
+    blocks.close(0)
+    blocks.close(1)
+    assert blocks.num_used == 0
+
+
 def test_what_a_window_has_left_need_not_be_cached():
-    blocks = manager(num_blocks=9, window=6)
+    blocks = manager(num_blocks=9, windows=[6])
     prompt = list(range(24))
     computed(blocks, 0, prompt)
     slid(blocks, 0, 24)
@@ -309,7 +328,7 @@ def test_what_a_window_has_left_need_not_be_cached():
 
 
 def test_a_row_does_not_begin_with_blocks_that_its_sibling_left_behind():
-    blocks = manager(num_blocks=30, window=6)
+    blocks = manager(num_blocks=30, windows=[6])
     prompt = list(range(24))
     computed(blocks, 0, prompt)
     blocks.close(0)
@@ -324,7 +343,7 @@ def _only(match, known, tokens, *arguments):
 
 
 def test_a_table_cut_back_to_what_a_window_has_left_is_nothing():
-    blocks = manager(window=6, enable_prefix_caching=False)
+    blocks = manager(windows=[6], enable_prefix_caching=False)
     opened(blocks, 0, range(24))
     slid(blocks, 0, 24)
     table = blocks.parked.park(0, 24)

@@ -34,9 +34,9 @@ class Text:
     def copy(self):
         return Text(self.salt, list(self.tokens), self.done)
 
-    def content(self, position):
+    def content(self, position, group):
         """The K and V of a token depend on all tokens before it (and salts must separate): so this names them."""
-        return self.salt, tuple(self.tokens[: position + 1])
+        return group, self.salt, tuple(self.tokens[: position + 1])
 
 
 class BlockManagerMachine(RuleBasedStateMachine):
@@ -53,12 +53,14 @@ class BlockManagerMachine(RuleBasedStateMachine):
         size=st.integers(1, 4),
         caching=st.sampled_from([True, True, True, False]),
         room=st.sampled_from([0, 3, 50]),
-        window=st.sampled_from([None, None, 1, 3, 6, 11]),
+        windows=st.sampled_from([(None,)] * 3 + [(1,), (3,), (6,), (11,), (None, 1), (None, 6), (6, 3), (None, 4, 4)]),
     )
-    def start(self, num_blocks, size, caching, room, window):
-        self.size, self.caching, self.window = size, caching, window or 1000
+    def start(self, num_blocks, size, caching, room, windows):
+        self.size, self.caching, self.windows = size, caching, [window or 1000 for window in windows]
+        self.groups = len(windows)
+        num_blocks = 1 + (num_blocks - 1) * self.groups
         self.blocks = BlockManager(
-            num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching, window=window
+            num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching, windows=windows
         )
         self.space = SwapSpace(self.blocks, room)
         self.open: dict[int, Text] = {}
@@ -66,12 +68,20 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.swapped: dict[Swapped, list[Text]] = {}
         self.pool: dict[int, list] = {}  # block -> what its slots hold
 
-    def slot(self, row, position):
-        return int(self.blocks.tables[row, position // self.size]), position % self.size
+    def blocks_at(self, row, position):
+        """Of each layer group, the block where a token's K and V are."""
+        return self.blocks.by_group[row, position // self.size].tolist()
 
     def write(self, row, position):
-        block, offset = self.slot(row, position)
-        self.pool[block][offset] = self.open[row].content(position)
+        for group, block in enumerate(self.blocks_at(row, position)):
+            self.pool[block][position % self.size] = self.open[row].content(position, group)
+
+    def check(self, text, table):
+        """A table holds all that a text's next token attends to."""
+        for group, window in enumerate(self.windows):
+            for position in range(max(text.done + 1 - window, 0), text.done):
+                block = table[position // self.size * self.groups + group]
+                assert self.pool[block][position % self.size] == text.content(position, group)
 
     def erase(self, blocks):
         """New blocks come with worthless content."""
@@ -119,7 +129,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert cached < len(tokens)
         assert cached % self.size == 0
         assert not cached or (use_cache and self.caching)
-        fresh = self.blocks.tables[row, cached // self.size : self.blocks.counts[row]].tolist()
+        fresh = self.blocks.tables[row, self.blocks.blocks_for(cached) : self.blocks.counts[row]].tolist()
         assert (self.blocks.allocator.refs[fresh] == 1).all(), "a block that will be written belongs to one row"
         self.erase(fresh)
         self.open[row] = Text(salt, list(tokens), cached)
@@ -135,7 +145,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         for row, tokens, cached in zip(rows, lists, opened, strict=True):
             assert cached < len(tokens)
-            self.erase(self.blocks.tables[row, cached // self.size : self.blocks.counts[row]].tolist())
+            self.erase(self.blocks.tables[row, self.blocks.blocks_for(cached) : self.blocks.counts[row]].tolist())
             self.open[row] = Text("", list(tokens), cached)
             self.advance(row, len(tokens))
 
@@ -162,9 +172,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         free = self.blocks.num_free
         self.blocks.slide(rows, done)
         assert self.blocks.num_free >= free
-        held = (self.blocks.counts - self.blocks.firsts)[rows] * self.size
-        ahead = self.blocks.counts[rows] * self.size - done
-        assert (held <= ahead + self.window + 2 * self.size).all(), "the window, and a block on each side"
+        ends = self.blocks.counts[rows, None] // self.groups
+        held = (ends - self.blocks.firsts[rows]) * self.size
+        ahead = ends * self.size - done[:, None]
+        assert (held <= ahead + self.windows + 2 * self.size).all(), "the window, and a block on each side"
 
     # -------------------------------------------------------------------------------------------- forks and writes
 
@@ -193,9 +204,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
         new, copies = self.blocks.make_writable(writes)
         assert free - self.blocks.num_free == writes.num_blocks == (new > 0).sum()
         assert self.blocks.num_copies - num_copies == len(copies)
-        for row, block, position in zip(rows, new.tolist(), positions, strict=True):
-            if block:  # which is all that the device is told
-                before[row, position // self.size] = block
+        for row, told, position in zip(rows, new.tolist(), positions, strict=True):
+            for group, block in enumerate(told):
+                if block:  # which is all that the device is told
+                    before[row, position // self.size * self.groups + group] = block
         np.testing.assert_array_equal(self.blocks.tables, before)
         sources, destinations = {s for s, _ in copies}, [d for _, d in copies]
         assert not sources & set(destinations)
@@ -203,9 +215,9 @@ class BlockManagerMachine(RuleBasedStateMachine):
         self.erase(new[new > 0].tolist())
         for destination, content in zip(destinations, contents, strict=True):
             self.pool[destination] = content
-        slots = [self.slot(row, position) for row, position in zip(rows, positions, strict=True)]
-        assert len(set(slots)) == len(slots)
-        assert all(self.blocks.allocator.is_writable(block) for block, _ in slots)
+        written = [b for row, position in zip(rows, positions, strict=True) for b in self.blocks_at(row, position)]
+        assert len(set(written)) == len(written)
+        assert all(map(self.blocks.allocator.is_writable, written))
         for row, token in zip(rows, tokens, strict=False):
             self.open[row].tokens.append(token)
             self.advance(row, len(self.open[row].tokens))
@@ -283,7 +295,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         text = self.parked[table]
         text.done = min(text.done, cut)
         if not table.num_computed:
-            assert text.done == 0 or self.window < 1000, "what the cut left was behind the window"
+            assert text.done == 0 or min(self.windows) < 1000, "what the cut left was behind the window"
             text.done = 0
         del text.tokens[text.done :]
 
@@ -303,13 +315,13 @@ class BlockManagerMachine(RuleBasedStateMachine):
         tokens = (text.tokens + tail)[: self.WIDTH * self.size]
         held, free = len(table.blocks), self.blocks.num_free
         if not self.blocks.parked.can_resume(table, len(tokens)):
-            assert self.window < 1000
+            assert min(self.windows) < 1000
             self.blocks.parked.release(table)
             del self.parked[table]
             return
         opened = self.blocks.parked.try_unpark(table, row, len(tokens))
         if opened is None:
-            assert free < self.blocks.blocks_for(len(tokens)) - held + 1
+            assert free < self.blocks.blocks_for(len(tokens)) - held + self.groups
             assert self.blocks.num_free == free
             return
         start, copies = opened
@@ -317,7 +329,7 @@ class BlockManagerMachine(RuleBasedStateMachine):
         for source, destination in copies:
             self.pool[destination] = list(self.pool[source])
         self.erase(self.blocks.tables[row, held : self.blocks.counts[row]].tolist())
-        assert self.blocks.allocator.refs[self.slot(row, start)[0]] == 1, "what will be written is the row's own"
+        assert (self.blocks.allocator.refs[self.blocks_at(row, start)] == 1).all(), "what will be written is its own"
         del self.parked[table]
         self.open[row] = Text(text.salt, tokens, start)
 
@@ -352,13 +364,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
             return
         self.blocks.check_invariants()
         for row, text in self.open.items():
-            for position in range(max(text.done + 1 - self.window, 0), text.done):
-                block, offset = self.slot(row, position)
-                assert self.pool[block][offset] == text.content(position)
+            self.check(text, self.blocks.tables[row].tolist())
         for table, text in self.parked.items():
             assert table.num_computed == text.done
-            for position in range(max(text.done + 1 - self.window, 0), text.done):
-                assert self.pool[table.blocks[position // self.size]][position % self.size] == text.content(position)
+            self.check(text, table.blocks.tolist())
 
     def teardown(self):
         if not hasattr(self, "blocks"):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from tests.scheduling.null_engine import NullEngine
 
 
-def small_engine(caching: bool = True) -> NullEngine:
+def small_engine(caching: bool = True, windows: tuple[int | None, ...] = (None,)) -> NullEngine:
     return NullEngine(
         num_blocks=24,
         block_size=4,
@@ -17,6 +17,7 @@ def small_engine(caching: bool = True) -> NullEngine:
         watermark=0.05,
         caching=caching,
         swap_blocks=16,
+        windows=windows,
     )
 
 

@@ -19,10 +19,10 @@ POOL = PoolShape(num_blocks=16, block_size=4)
 COUNTS = st.integers(0, 40)
 
 
-@given(st.integers(0, 2**32), st.booleans())
+@given(st.integers(0, 2**32), st.booleans(), st.sampled_from([(None,), (None, 8)]))
 @settings(max_examples=30)
-def test_differences_give_back_every_snapshot_of_a_run(seed, caching):
-    engine = small_engine(caching)
+def test_differences_give_back_every_snapshot_of_a_run(seed, caching, windows):
+    engine = small_engine(caching, windows)
     recorder = Recorder(engine)
     seen = [recorder.latest]
     for _ in random_steps(engine, seed):
@@ -30,6 +30,7 @@ def test_differences_give_back_every_snapshot_of_a_run(seed, caching):
     recorder.recording.frames = json.loads(json.dumps(recorder.recording.frames))
     assert list(recorder.recording.snapshots()) == seen
     assert [measure(s) for s in seen] == recorder.recording.measures
+    assert recorder.recording.measures[-1].used == engine.blocks.num_used
 
 
 @st.composite

@@ -28,7 +28,7 @@ SMALL = {
     "max_num_batched_tokens": 4 + 8,
     "prefill_tile_size": 8,
     "block_size": 4,
-    "num_gpu_blocks_override": 40,
+    "num_gpu_blocks_override": 120,
     "warmup": False,
 }
 COLLECTIVES = r"= ([^=]*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
@@ -65,7 +65,7 @@ def golden(name: str, size: int) -> dict:
         "size": size,
         "wanted": wanted,
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "layers": runner.spec.num_layers,
+        "layers": llm.engine.model_config.num_hidden_layers,
         "stays": pool_pointers(llm) == before,
         "heads": [runner.spec.num_kv_heads, runner.pool[0].addressable_shards[0].data.shape[2]],
         "collectives": [collectives(compiled) for compiled in forwards],

@@ -36,7 +36,7 @@ _admit, _set_rules = jax.jit(state.admit), jax.jit(state.set_rules)
 
 def batch(*members, vocab=VOCAB) -> state.BatchState:
     """The device's batch state with the members in rows 0, 1, ..., made by the code that the runner uses."""
-    made = state.empty(ROWS, LENGTH, 4, vocab)
+    made = state.empty(ROWS, LENGTH, LENGTH // 4, vocab)
     for number, (sequence, bad_words) in enumerate(members):
         sequence.row = number
         made = _admit(made, state.pack_admission(sequence, np.zeros(LENGTH // 4, np.int32), LENGTH))

@@ -14,7 +14,7 @@ ROWS, LENGTH, BLOCK = 6, 20, 4
 @pytest.fixture
 def state():
     """A state in which every row differs from every other."""
-    empty = batch.empty(ROWS, LENGTH, BLOCK, 50)
+    empty = batch.empty(ROWS, LENGTH, LENGTH // BLOCK, 50)
     tokens = np.arange((ROWS + 1) * LENGTH, dtype=np.int32).reshape(ROWS + 1, LENGTH)
     tables = 1000 + np.arange((ROWS + 1) * 5, dtype=np.int32).reshape(ROWS + 1, 5)
     parameters = np.arange(empty.parameters.size, dtype=np.int32).reshape(empty.parameters.shape)

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import itertools
 import sys
+from collections.abc import Sequence as Tokens
 
 import numpy as np
 
@@ -70,13 +71,13 @@ class Device:
         block_size: int,
         tile_size: int,
         looks: bool,
-        window: int | None,
+        windows: Tokens[int | None],
     ) -> None:
-        self.window = window or max_len
+        self.windows, self.groups = [window or max_len for window in windows], len(windows)
         self.prefixes, self.block_size, self.tile_size, self.looks = prefixes, block_size, tile_size, looks
         self.null_row = rows
         self.tokens = np.zeros((rows + 1, max_len), np.int32)
-        self.tables = np.zeros((rows + 1, -(-max_len // block_size)), np.int32)
+        self.tables = np.zeros((rows + 1, -(-max_len // block_size) * self.groups), np.int32)
         self.keys = [(0, 0)] * (rows + 1)
         self.pool = np.full(num_blocks * block_size, Prefixes.EMPTY)
         self._chains: list[list[int]] = [[] for _ in range(rows + 1)]  # of each row: the prefixes of its tokens
@@ -105,12 +106,13 @@ class Device:
     def run(self, plan: StepPlan) -> tuple[np.ndarray, Candidates | None]:
         """Runs the packed plan; returns a token for each of the bucket's results, and the beams' candidates."""
         packed = plan.pack(self.null_row)
-        decode, prefill, results, num_copies, pieces = split_packed(packed, plan.bucket)
-        self._copy(results[2:, : num_copies[0]].T.tolist())
-        rows, positions, new_blocks = decode.tolist()
-        for row, position, block in zip(rows, positions, new_blocks, strict=True):
-            if block:
-                self.tables[row, position // self.block_size] = block
+        decode, prefill, results, copies, num_copies, pieces = split_packed(packed, plan.bucket, self.groups)
+        self._copy(copies[:, : num_copies[0]].T.tolist())
+        rows, positions = decode[:2].tolist()
+        for row, position, blocks in zip(rows, positions, decode[2:].T.tolist(), strict=True):
+            for group, block in enumerate(blocks):
+                if block:
+                    self.tables[row, position // self.block_size * self.groups + group] = block
         if not self.looks:
             results = (np.arange(plan.bucket.num_results) + len(plan.tiles)) % VOCAB
             return results, self._candidates(plan, np.zeros(len(results), np.int64))
@@ -124,7 +126,7 @@ class Device:
         for row, start, end in work:
             self._check(row, start, end)
         after = np.full(plan.bucket.num_results, -1)
-        for i, (row, token) in enumerate(results[:2].T.tolist()):
+        for i, (row, token) in enumerate(results.T.tolist()):
             if row != self.null_row:
                 source, position = self._of_token(token, decode, prefill)
                 after[i] = self._chains[source][position]
@@ -142,9 +144,10 @@ class Device:
         seen: list[int] = []
         for *members, count in pieces.tolist():
             if count:
-                rows, positions, _ = decode[:, [m for m in members if m >= 0]]
+                rows, positions = decode[:2, [m for m in members if m >= 0]]
                 assert len(rows) > 1
-                assert (self.tables[rows, :count] == self.tables[rows[0], :count]).all()
+                tables = self.tables[:, :: self.groups]  # of the group that sees furthest
+                assert (tables[rows, :count] == tables[rows[0], :count]).all()
                 assert (count * self.block_size <= positions).all()
                 seen += [m for m in members if m >= 0]
         assert len(set(seen)) == len(seen)
@@ -192,26 +195,35 @@ class Device:
                 chain.append(
                     self.prefixes.extend(chain[-1] if chain else Prefixes.EMPTY, int(self.tokens[row, len(chain)]))
                 )
-            slots = self._slots(row, start, end)
-            assert (slots >= self.block_size).all(), f"row {row} writes to the null block"
-            assert not written & set(slots.tolist()), f"row {row} writes where another one does"
-            written.update(slots.tolist())
-            self.pool[slots] = chain[start:end]
+            for group in range(self.groups):
+                slots = self._slots(row, start, end, group)
+                assert (slots >= self.block_size).all(), f"row {row} writes to the null block"
+                assert not written & set(slots.tolist()), f"row {row} writes where another one does"
+                written.update(slots.tolist())
+                self.pool[slots] = self._named(chain[start:end], group)
 
     def _check(self, row: int, start: int, end: int) -> None:
-        begin = max(start + 1 - self.window, 0)
-        found = self.pool[self._slots(row, begin, end)]
-        assert found.tolist() == self._chains[row][begin:end], f"row {row} at {start}:{end} reads what is not its own"
+        for group, window in enumerate(self.windows):
+            begin = max(start + 1 - window, 0)
+            found = self.pool[self._slots(row, begin, end, group)].tolist()
+            wanted = self._named(self._chains[row][begin:end], group)
+            assert found == wanted, f"row {row} at {start}:{end} reads what is not its own"
 
-    def _slots(self, row: int, start: int, end: int) -> np.ndarray:
+    def _named(self, prefixes: list[int], group: int) -> list[int]:
+        """What the layers of a group keep of tokens with these prefixes."""
+        return [prefix * self.groups + group for prefix in prefixes]
+
+    def _slots(self, row: int, start: int, end: int, group: int) -> np.ndarray:
         at = np.arange(start, end)
-        return self.tables[row, at // self.block_size] * self.block_size + at % self.block_size
+        entries = self.tables[row, at // self.block_size * self.groups + group]
+        return entries * self.block_size + at % self.block_size
 
 
 class NullEngine:
     """Add, abort and step, with every promise of the scheduler checked at every step.
 
     Args:
+      num_blocks: that can be used, for each of the layer groups whose `windows` are given.
       max_tiles: tiles of the largest bucket; None: as many as the token budget holds.
       checked: False runs ten times faster: the device does not look, tokens mean nothing, and `check` is the
         caller's business.
@@ -235,17 +247,17 @@ class NullEngine:
         timed: bool = True,
         swap_blocks: int = 0,
         preemption_mode: PreemptionMode = "auto",
-        window: int | None = None,
+        windows: Tokens[int | None] = (None,),
         guesses: int = 0,
     ) -> None:
         self.blocks = BlockManager(
-            num_blocks + 1,
+            num_blocks * len(windows) + 1,
             block_size,
             rows,
             -(-max_len // block_size),
             watermark=watermark,
             enable_prefix_caching=caching,
-            window=window,
+            windows=windows,
         )
         self.scheduler = Scheduler(
             self.blocks,
@@ -263,11 +275,11 @@ class NullEngine:
             self.prefixes,
             rows=rows,
             max_len=max_len,
-            num_blocks=num_blocks + 1,
+            num_blocks=num_blocks * len(windows) + 1,
             block_size=block_size,
             tile_size=tile_size,
             looks=checked,
-            window=window,
+            windows=windows,
         )
         self.groups: list[SequenceGroup] = []  # all that were ever added, by arrival
         self.num_steps = 0
@@ -429,7 +441,7 @@ class NullEngine:
         assert len(plan.tiles) <= plan.bucket.prefill_tiles
         assert not set(plan.rows.tolist()) & set(tile_rows), "a row in both lanes"
         assert [s.row for s in plan.sequences] == plan.rows.tolist()
-        written = blocks.tables[plan.rows, plan.positions // blocks.block_size]
+        written = blocks.by_group[plan.rows, plan.positions // blocks.block_size]
         assert (blocks.allocator.refs[written] == 1).all(), "a shared block is written"
         running = scheduler.running
         assert sum(len(g.unfinished) for g in running) <= len(scheduler.batch.by_row)
@@ -452,8 +464,10 @@ class NullEngine:
             return  # forks that the device has not heard of yet
         for row, sequence in enumerate(self.scheduler.batch.by_row):
             if sequence is not None and self.blocks.counts[row]:  # a follower has no table yet
-                first = self.blocks.firsts[row]  # what the window has left is nobody's business
-                assert self.device.tables[row, first:].tolist() == self.blocks.tables[row, first:].tolist()
+                here, there = self.blocks.tables[row], self.device.tables[row]
+                indices, groups = np.divmod(np.arange(len(here)), self.device.groups)
+                left = indices < self.blocks.firsts[row, groups]  # by a window: nobody's business
+                assert ((here == there) | left).all()
 
     def expected(self, sequence: Sequence) -> list[int]:
         """The output that a sampled sequence has if nobody ends it early."""

@@ -289,7 +289,7 @@ def test_pack_pads_with_the_null_row():
         sequences=[],
         rows=np.array([4, 1], np.int32),
         positions=np.array([9, 16], np.int32),
-        new_blocks=np.array([0, 7], np.int32),
+        new_blocks=np.array([[0], [7]], np.int32),
         tiles=[Tile(None, 5, 32, 17, True)],
         sampling=[None] * 4,
         result_rows=np.array([4, 1, 5, 6], np.int32),

@@ -101,8 +101,8 @@ class Live {
   }
 
   begin(answer) {
-    const { num_blocks: numBlocks, block_size: blockSize, host_blocks: hostBlocks } = answer.pool;
-    const pool = (this.pool = new LivePool({ title: answer.title, numBlocks, blockSize, hostBlocks }));
+    const { num_blocks: numBlocks, block_size: blockSize, host_blocks: hostBlocks, layer_groups: layerGroups } = answer.pool;
+    const pool = (this.pool = new LivePool({ title: answer.title, numBlocks, blockSize, hostBlocks, layerGroups }));
     this.map = new BlockMap($("map"), pool, pool.colours);
     this.host = new HostBar({ box: $("host"), bar: $("host-bar"), text: $("host-text") }, pool, pool.colours);
     this.tip = new Tip($("tip"), pool, pool.colours);

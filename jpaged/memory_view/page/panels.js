@@ -171,9 +171,9 @@ class BlockTable {
     this.note.textContent = "";
     const colour = theme().owners[this.colours.get(request)];
     const { references } = replay.blocks();
-    sequence.blocks.forEach((block, logical) => {
-      const row = this.row(sequence, block, logical, references[block], colour);
-      const there = this.rows.children[logical];
+    sequence.blocks.forEach((block, entry) => {
+      const row = this.row(sequence, block, entry, references[block], colour);
+      const there = this.rows.children[entry];
       if (!there) this.rows.append(row);
       else if (there !== row) there.replaceWith(row);
     });
@@ -181,16 +181,17 @@ class BlockTable {
   }
 
   // A long table changes in its last rows only: the others are kept from step to step.
-  row(sequence, block, logical, references, colour) {
+  row(sequence, block, entry, references, colour) {
     const { blockSize } = this.replay;
+    const logical = this.replay.logical(entry);
     const start = logical * blockSize;
     const tokens = sequence.tokens.slice(start, start + blockSize);
     const [written, placed] = [sequence.written, sequence.placed].map((n) => Math.max(0, Math.min(blockSize, n - start)));
     const looks = [block, references, colour, written, placed, ...tokens].join();
-    const kept = this.kept.get(logical);
+    const kept = this.kept.get(entry);
     if (kept && kept.looks === looks) return kept.row;
     const row = this.makeRow(block, logical, references, colour, this.makeSlots(start, tokens, written, placed));
-    this.kept.set(logical, { looks, row });
+    this.kept.set(entry, { looks, row });
     return row;
   }
 

@@ -4,8 +4,8 @@
 const NOBODY = -2; // -1 is the number of parked tables
 
 class Pool {
-  constructor({ title, numBlocks, blockSize, hostBlocks }) {
-    Object.assign(this, { title, numBlocks, blockSize, hostBlocks });
+  constructor({ title, numBlocks, blockSize, hostBlocks, layerGroups }) {
+    Object.assign(this, { title, numBlocks, blockSize, hostBlocks, layerGroups });
     this.vocabulary = {};
     this.hasTexts = false;
     this.tellsTokens = true; // or only how many there are
@@ -97,10 +97,15 @@ class Pool {
 
   extend(sequence, blocks) {
     for (const block of blocks) {
-      this.state.content[block] = [sequence, sequence.blocks.length];
+      this.state.content[block] = [sequence, this.logical(sequence.blocks.length)];
       this.fresh.add(block);
       sequence.blocks.push(block);
     }
+  }
+
+  // A table has an entry for each group of layers, side by side: which logical block an entry belongs to.
+  logical(entry) {
+    return Math.floor(entry / this.layerGroups);
   }
 
   text(token) {
@@ -146,8 +151,8 @@ class Pool {
       owners: new Map(), // only where there are several requests
     };
     for (const sequence of this.state.sequences) {
-      sequence.blocks.forEach((block, logical) => {
-        const start = logical * blockSize;
+      sequence.blocks.forEach((block, entry) => {
+        const start = this.logical(entry) * blockSize;
         view.references[block]++;
         view.written[block] = Math.max(view.written[block], Math.min(blockSize, sequence.written - start));
         view.placed[block] = Math.max(view.placed[block], Math.min(blockSize, sequence.placed - start));
@@ -165,7 +170,7 @@ class Pool {
   holders(block) {
     const found = [];
     for (const sequence of this.state.sequences) {
-      sequence.blocks.forEach((one, logical) => one === block && found.push([sequence, logical]));
+      sequence.blocks.forEach((one, entry) => one === block && found.push([sequence, this.logical(entry)]));
     }
     return found;
   }

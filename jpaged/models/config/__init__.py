@@ -11,6 +11,7 @@ from jpaged.models.config.base import FULL, SLIDING, LayerConfig, ModelConfig
 from jpaged.models.config.deepseek import DeepseekV3Config
 from jpaged.models.config.gemma import Gemma2Config, Gemma3Config
 from jpaged.models.config.gpt import GPT2Config, GPTNeoXConfig, OPTConfig
+from jpaged.models.config.layer_groups import LayerGroups
 from jpaged.models.config.llama import (
     GraniteConfig,
     LlamaConfig,
@@ -38,6 +39,7 @@ __all__ = [
     "GptOssConfig",
     "GraniteConfig",
     "LayerConfig",
+    "LayerGroups",
     "LlamaConfig",
     "MistralConfig",
     "MixtralConfig",

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
+from jpaged.models.config.layer_groups import LayerGroups
 from jpaged.models.config.rope import RopeConfig, rope_from_hf
 from jpaged.models.config.values import (
     MAX_HEADS,
@@ -123,11 +124,10 @@ class ModelConfig:
         slides = not self.layer_types or self.layer_types[index] == SLIDING
         return LayerConfig(self.sliding_window if slides else None, self.rope)
 
-    @property
-    def shared_window(self) -> int | None:
-        """The window, if all layers have the same: no token is ever seen again once it has left it."""
-        windows = {self.layer(index).sliding_window for index in range(self.num_hidden_layers)}
-        return windows.pop() if len(windows) == 1 else None
+    def layer_groups(self, max_model_len: int) -> LayerGroups:
+        """The layers by kind of window, for sequences of at most so many tokens: a window that none leaves is none."""
+        windows = [self.layer(index).sliding_window for index in range(self.num_hidden_layers)]
+        return LayerGroups.of([w if w is not None and w < max_model_len else None for w in windows])
 
     @property
     def attention_scale(self) -> float:
