@@ -76,14 +76,16 @@ class Admission:
         )
 
     def _start(self, group: SequenceGroup, heads: list[Sequence], positions: list[int], apart: bool) -> None:
+        waiting = False  # for heads before it, who may compute what it shares: those catch up in order
         for sequence, position in zip(heads, positions, strict=True):
             last = len(sequence.tokens) - 1
             # One token behind and nobody to fork: that is the decode lane's work.
-            alone = position == last and sequence not in self.followers and not group.reads_prompt
+            alone = position == last and not (waiting or sequence in self.followers or group.reads_prompt)
             target = last if apart or alone else last + 1
             self._batch.start(sequence, position, target, held=apart)
             if position < target:
                 self.catching_up.append(sequence)
+                waiting = True
         if apart:
             self._release_beams(group)
 

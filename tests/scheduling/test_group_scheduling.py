@@ -188,3 +188,18 @@ def test_what_is_too_wide_is_refused_while_others_run():
     e.add(prompt(9), 8, n=4, beams=True)  # 2 shared, 2 for each
     e.drain()
     e.check_outputs()
+
+
+def test_a_sequence_waits_for_the_one_that_computes_what_it_shares():
+    """Samples that differ in their last tokens alone begin anew: the first takes several steps for the others' prompt."""
+    e = engine(budget=8, max_tiles=1, caching=False)
+    group = e.add(prompt(16), 12, n=3)
+    while e.scheduler.batch.position[0] < 16:
+        e.step()
+    settled(e)
+    assert len({tuple(s.tokens) for s in group.sequences}) > 1
+    assert {len(s.tokens) for s in group.sequences} == {17}
+    e.scheduler.preemption.preempt_all()
+    e.device.pool[:] = 0
+    e.drain()
+    e.check_outputs()
