@@ -78,6 +78,7 @@ class Pieces:
             inputs = [v for v in _read(run) if v not in set(made)]
             outputs = [v for v in made if last_use.get(v, i) > i]
             donated = _donatable([v for v in inputs if v in owned and last_use[v] == i], outputs)
+            outputs = _beside(run, [v for v in inputs if v in donated], outputs)
             places = tuple(n for n, v in enumerate(inputs) if v in donated)
             key = _identity(run, inputs, outputs, places)
             if key not in compiled:
@@ -127,6 +128,20 @@ def _donatable(candidates: list[Var], outputs: list[Var]) -> set[Var]:
             left.remove(shape)
             taken.add(v)
     return taken
+
+
+def _beside(run: list[JaxprEqn], donated: list[Var], outputs: list[Var]) -> list[Var]:
+    """The outputs, those first that are later versions of donated inputs, in the order of these.
+
+    Of equal shapes, the first donated input's memory becomes the first output: another order would cost copies.
+    """
+    versions = {v: i for i, v in enumerate(donated)}
+    for equation in run:
+        for made in equation.outvars:
+            like = [v for v in equation.invars if not isinstance(v, Literal) and _abstract(v) == _abstract(made)]
+            if len(like) == 1 and like[0] in versions:
+                versions[made] = versions[like[0]]
+    return sorted(outputs, key=lambda v: versions.get(v, len(donated)))
 
 
 def _identity(run: list[JaxprEqn], inputs: list[Var], outputs: list[Var], donated: tuple[int, ...]) -> Any:

@@ -28,14 +28,12 @@ class LayerGroups(NamedTuple):
         counts = [windows.count(kind) for kind in kinds]
         # As large as the rarest kind, so that little is padded; a kind that is hardly rarer is padded instead.
         size = max(counts) if max(counts) < 1.25 * min(counts) else min(counts)
-        first: dict[int | None, int] = {}  # of each kind, its first group
         groups: list[int | None] = []
+        places = {}
         for kind, count in zip(kinds, counts, strict=True):
-            first[kind] = len(groups)
-            groups += [kind] * -(-count // size)
-        seen = dict.fromkeys(kinds, 0)
-        places = []
-        for window in windows:
-            places.append((first[window] + seen[window] // size, seen[window] % size))
-            seen[window] += 1
-        return cls(tuple(groups), tuple(places))
+            # In turn: where layers alternate with a period, so do their places.
+            first, number = len(groups), -(-count // size)
+            for n, layer in enumerate(i for i, window in enumerate(windows) if window == kind):
+                places[layer] = first + n % number, n // number
+            groups += [kind] * number
+        return cls(tuple(groups), tuple(places[layer] for layer in range(len(windows))))
