@@ -228,7 +228,7 @@ def main() -> int:
                 return error.code, json.load(error)
 
         report = ask_all(post, schemas(args.schemas, args.seed), args.max_tokens, 16)
-    print(json.dumps(dataclasses.asdict(report), indent=1))
+    print(json.dumps(vars(report), indent=1))
     return 1 if report.invalid or report.refused or report.reasons["length"] else 0
 
 

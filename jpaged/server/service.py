@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("jpaged.server")
 
+_COMMON = SamplingParams(top_p=0.9, logprobs=1)
+"""What its samplers can do, most requests want. They are compiled when the server starts, and nobody waits for them."""
+
 
 class Service:
     """What the handlers work with.
@@ -57,7 +60,8 @@ class Service:
             self.sampling = Sampling(known, config.max_logprobs)
         except InvalidRequestError as error:
             raise InvalidConfigError(f"the model's generation_config: {error} Use generation_config=none.") from error
-        llm.prepare(self.sampling.usual)  # most requests will be like that
+        for params in (self.sampling.usual, _COMMON):
+            llm.prepare(params)
         if config.chat_template is not None:
             if llm.engine.tokenizer is None:
                 raise InvalidConfigError("chat_template needs a model with a tokenizer.")

@@ -37,6 +37,39 @@ def test_every_query_names_what_there_is(tiny):
     assert unasked <= {"jpaged:cache_config_info", "jpaged:cache_config", "jpaged:request_params_n"}
 
 
+def test_it_is_what_grafana_imports():
+    """The fields that its importer and its panels read."""
+    assert isinstance(DASHBOARD["title"], str)
+    assert isinstance(DASHBOARD["uid"], str)
+    assert len(DASHBOARD["uid"]) <= 40
+    assert DASHBOARD["schemaVersion"] >= 36, "data sources by uid, in panels of today's kinds"
+    assert "id" not in DASHBOARD, "an id belongs to one installation"
+    assert "__inputs" not in DASHBOARD, "the data source is a variable, so that importing asks nothing"
+    variables = {one["name"]: one["type"] for one in DASHBOARD["templating"]["list"]}
+    assert variables == {"datasource": "datasource", "model": "query"}
+    source = {"type": "prometheus", "uid": "${datasource}"}
+    for panel in DASHBOARD["panels"]:
+        assert panel["type"] in ("timeseries", "stat", "gauge", "heatmap", "bargauge"), panel["title"]
+        assert panel["title"]
+        assert panel["datasource"] == source
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        references = [target["refId"] for target in panel["targets"]]
+        assert len(set(references)) == len(references)
+        assert all(target["datasource"] == source for target in panel["targets"])
+
+
+def test_queries_are_in_balance():
+    """Brackets, and a range for each rate; counters are asked for as rates and no gauge is."""
+    for panel in DASHBOARD["panels"]:
+        for target in panel["targets"]:
+            query = target["expr"]
+            for opening, closing in ("()", "{}", "[]"):
+                assert query.count(opening) == query.count(closing), query
+            assert query.count("rate(") == query.count("[$__rate_interval]"), query
+            for name in re.findall(r"jpaged:\w+(?:_total|_bucket|_count|_sum)\b", query):
+                assert re.search(rf"(rate|increase)\({name}", query), query
+
+
 def test_panels_have_places_of_their_own():
     taken = set()
     for panel in DASHBOARD["panels"]:

@@ -11,6 +11,7 @@ from jpaged import LLM, SamplingParams
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models import batch_invariant
+from jpaged.scheduling.ngrams import NgramSpeculator
 from tests.engine.support import GOLDENS, engine_factory, run
 
 LENGTHS = [(3, 20), (16, 12), (17, 30), (40, 8), (64, 16), (90, 25), (1, 40), (33, 10)]
@@ -49,11 +50,12 @@ def trained(family, batch):
 
 
 def served(output):
-    """(tokens, log-probabilities of all but the first) of a finished request."""
+    """(tokens, log-probabilities of all but the first, or of the output) of a finished request."""
     [answer] = output.outputs
     tokens = output.prompt_token_ids + answer.token_ids
     known = [*(output.prompt_logprobs or ())][1:] + list(answer.logprobs)
-    return tokens, np.array([at[token].logprob for at, token in zip(known, tokens[1:], strict=True)], np.float32)
+    scored = tokens[len(tokens) - len(known) :]
+    return tokens, np.array([at[token].logprob for at, token in zip(known, scored, strict=True)], np.float32)
 
 
 def serve(engine, which):
@@ -102,6 +104,22 @@ def test_what_the_prefix_cache_found_has_the_same_bits():
     np.testing.assert_array_equal(
         np.float32([at[t].logprob for at, t in zip(scores, tokens[-9:], strict=True)]), expected
     )
+
+
+def test_what_was_guessed_has_the_same_bits():
+    """Guessed tokens are lanes of a step: what is checked there is what would have been computed one by one."""
+    speculator = NgramSpeculator(5, longest=3, shortest=1)
+    engine = engines("llama")(enable_prefix_caching=False, speculator=speculator)
+    few = [30, 80]  # of two tokens that may come, a guess is often right
+    for seed, beside in enumerate(([], [], [0])):  # guesses need lanes to spare
+        params = SamplingParams(seed=seed, max_tokens=50, allowed_token_ids=few, ignore_eos=True, logprobs=0)
+        engine.add_request("few", {"prompt_token_ids": [7, 30, 80] * 9}, params)
+        results = serve(engine, beside)
+        tokens, logprobs = results.pop("few")
+        expected = np.asarray(trained("llama", 1)(engine.params, jnp.array([tokens])))[0, -50:]
+        np.testing.assert_array_equal(logprobs, expected)
+        assert differences("llama", results) == 0
+    assert speculator.num_accepted > 0
 
 
 def test_without_the_mode_bits_differ():

@@ -9,6 +9,7 @@ from pydantic_core import to_json
 
 from jpaged import RequestOutputKind, SamplingParams, StructuredOutputsParams
 from jpaged.errors import EngineDeadError, SnapshotError
+from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.sequence import Status
 from jpaged.snapshots import Snapshot
 from tests.engine.support import run
@@ -51,7 +52,7 @@ def through_json(snapshot):
     return TypeAdapter(Snapshot).validate_json(to_json(snapshot, inf_nan_mode="constants"))
 
 
-def interrupted(make, steps, finished, again=None):
+def interrupted(make, steps, finished, again=None, fill=fill):
     """Steps an engine so often, then lets another one go on; returns all that both have finished."""
     first = make()
     fill(first)
@@ -122,6 +123,28 @@ def test_in_every_state(tiny, undisturbed):
         check(got, undisturbed)
         seen |= statuses
     assert seen == {Status.WAITING, Status.RUNNING, Status.SWAPPED}
+
+
+@pytest.mark.parametrize("steps", [6, 20])
+def test_engines_that_guess_end_it_alike(tiny, steps):
+    """Requests that leave lanes to spare, and may draw two tokens only, so that a guess is often right."""
+    speculators = []
+
+    def fill(engine):
+        for seed in range(3):
+            params = SamplingParams(seed=seed, max_tokens=60, allowed_token_ids=[30, 80], ignore_eos=True, logprobs=1)
+            engine.add_request(str(seed), {"prompt_token_ids": [7, 30, 80] * 9}, params)
+
+    undisturbed = tiny(enable_prefix_caching=False)
+    fill(undisturbed)
+
+    def guessing():
+        speculators.append(NgramSpeculator(4, longest=3, shortest=1))
+        return tiny(enable_prefix_caching=False, speculator=speculators[-1])
+
+    got, _ = interrupted(guessing, steps, {}, again=3, fill=fill)
+    check(got, run(undisturbed))
+    assert all(speculator.num_guessed for speculator in speculators)
 
 
 def test_a_snapshot_changes_nothing_and_picks_requests(tiny, undisturbed):
