@@ -27,11 +27,14 @@ NOTEBOOK_HEIGHT = 760
 
 def page(recording: "Recording") -> str:
     """The whole page, as text."""
+    recorded = f'<script type="application/json" id="recording">{script_json(data(recording))}</script>\n'
+    scripts = "\n".join(map(_read, SCRIPTS))
     return _filled(
-        "page.html",
+        head=_meta_policy("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'")
+        + "<title>KV pool</title>",
         style=_read("style.css"),
-        recording=script_json(data(recording)),
-        scripts="\n".join(map(_read, SCRIPTS)),
+        rest=_read("replay.html"),
+        scripts=f"{recorded}<script>\n{scripts}\n</script>",
     )
 
 
@@ -43,17 +46,28 @@ def live_page() -> tuple[str, str]:
         f"default-src 'none'; script-src {_hash(scripts)}; style-src {_hash(style)}; img-src data:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    return _filled("live.html", style=style, scripts=scripts), policy
+    whole = _filled(
+        head='<link rel="icon" href="data:,">\n<title>jpaged</title>',
+        style=style,
+        rest=_read("live.html"),
+        scripts=f"<script>{scripts}</script>",
+    )
+    return whole, policy
 
 
-def _filled(template: str, **contents: str) -> str:
-    """A template with contents for its markers, in the order in which they stand there: none is looked for in what was
-    put in."""
-    rest, pieces = _read(template), []
+def _filled(**contents: str) -> str:
+    """What both pages have, a header and the block map, with contents for its markers; in the order in which they stand
+    there: none is looked for in what was put in."""
+    rest, pieces = _read("frame.html"), []
     for marker, content in contents.items():
         before, _, rest = rest.partition("{{" + marker + "}}")
         pieces += [before, content]
     return "".join([*pieces, rest])
+
+
+def _meta_policy(policy: str) -> str:
+    """The policy of a page that no server sends."""
+    return f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
 
 
 def _hash(content: str) -> str:
