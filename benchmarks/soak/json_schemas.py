@@ -99,8 +99,9 @@ class Schemas:
         return {"type": "integer", **bounds}
 
     def _number(self, depth: int) -> Schema:
-        low = self._dice.randint(-50, 50)
-        return {"type": "number", "minimum": low, "maximum": low + self._dice.choice((1, 0.5, 99))}
+        low, part = self._dice.randint(-50, 50), self._dice.choice((0.25, 0.5, 0.125))
+        # Without a part to be a multiple of, a model may write digits without end.
+        return {"type": "number", "minimum": low, "maximum": low + self._dice.choice((1, 0.5, 99)), "multipleOf": part}
 
     def _constant(self, depth: int) -> Schema:
         values = (*_WORDS, 7, -0.5, True, None, [1, "two"], {"three": []})
