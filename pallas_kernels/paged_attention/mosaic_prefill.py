@@ -75,7 +75,11 @@ def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, options: _Option
                 plgpu.copy_gmem_to_smem(kv.at[block, 0, head], k_tile.at[slot, place], k_here.at[slot])
                 plgpu.copy_gmem_to_smem(kv.at[block, 1, head], v_tile.at[slot, place], v_here.at[slot])
 
+        def wait_for_the_last(turn, _):
+            plgpu.barrier_wait(free.at[lax.rem(turn, STAGES)])
+
         lax.fori_loop(begin, stop, body, None)
+        lax.fori_loop(jnp.maximum(stop - begin - STAGES, 0), stop - begin, wait_for_the_last, None)
 
 
 def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Options) -> None:
