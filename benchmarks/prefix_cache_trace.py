@@ -47,7 +47,7 @@ def through_cache(prompts: Iterable[list[int]], num_blocks: int) -> list[int]:
         full = prompt[: min(len(prompt) - 1, num_blocks)]
         for token in full[len(blocks) :]:
             [block] = allocator.allocate(1)
-            digest, entered = cache.insert(digests[-1] if digests else root_digest(), [token], block)
+            digest, entered = cache.insert(digests[-1] if digests else root_digest(), [token], [block])
             if entered:
                 allocator.keep(block)
             blocks.append(block)

@@ -109,6 +109,7 @@ def build(config: EngineConfig, source: Source | None = None) -> Components:
         watermark=config.watermark,
         enable_prefix_caching=config.enable_prefix_caching,
         windows=runner.spec.groups.windows,
+        max_chunk=max(bucket.prefill_tiles for bucket in limits.buckets) * limits.tile_size,
     )
     scheduler = Scheduler(
         blocks,

@@ -11,7 +11,7 @@ import numpy as np
 from jpaged.memory.allocator import NULL_BLOCK, BlockAllocator
 from jpaged.memory.parked import ParkedTables
 from jpaged.memory.prefix_cache import PrefixCache, root_digest
-from jpaged.memory.row_tables import RowTables
+from jpaged.memory.row_tables import ENDLESS, RowTables
 
 
 @dataclasses.dataclass
@@ -29,7 +29,7 @@ class BlockManager(RowTables):
       num_blocks: blocks in the pool, the null block included.
       watermark: fraction of the pool that admission leaves free, so that running sequences can grow.
       enable_prefix_caching: whether full blocks are kept and found again.
-      block_size, max_rows, max_blocks_per_row, windows: see `RowTables`.
+      block_size, max_rows, max_blocks_per_row, windows, max_chunk: see `RowTables`.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class BlockManager(RowTables):
         watermark: float = 0.01,
         enable_prefix_caching: bool = True,
         windows: Sequence[int | None] = (None,),
+        max_chunk: int | None = None,
     ) -> None:
         self.cache = PrefixCache(block_size) if enable_prefix_caching else None
         allocator = BlockAllocator(num_blocks, self.cache.evict if self.cache is not None else None)
-        super().__init__(allocator, block_size, max_rows, max_blocks_per_row, windows=windows)
+        super().__init__(allocator, block_size, max_rows, max_blocks_per_row, windows=windows, max_chunk=max_chunk)
         self.watermark_blocks = int(watermark * allocator.num_usable)
         self.stats = PrefixCacheStats()
         self.weights_version = 0
@@ -62,6 +63,8 @@ class BlockManager(RowTables):
         reserve: int = 0,
     ) -> list[int] | None:
         """Gives rows the blocks of all their known tokens, shared where they begin like cached ones or each other.
+
+        Of layer groups with a window, a row that is opened alone gets those for its first chunk: see `extend`.
 
         Args:
           rows: rows without blocks.
@@ -88,7 +91,9 @@ class BlockManager(RowTables):
         allocator = self.allocator
         hits = np.array(sorted({block for entries, _ in found for block in entries} - {NULL_BLOCK}), np.int32)
         shares = [max(common, len(digests)) for (_, common), (_, digests) in zip(siblings, found, strict=True)]
-        new = sum(self.blocks_for(len(t)) - self.blocks_for(n * size) for t, n in zip(tokens, shares, strict=True))
+        starts = [share * size if len(rows) == 1 else ENDLESS for share in shares]
+        needed = [self.needed(*row) for row in zip(shares, map(len, tokens), starts, strict=True)]
+        new = sum(int(entries.sum()) for entries in needed)
         revived = int((allocator.refs[hits] == 0).sum())  # hits that nobody holds are among the free ones
         if new + revived + reserve > allocator.num_free:
             return None
@@ -100,13 +105,17 @@ class BlockManager(RowTables):
                 entries = self.tables[sibling, : self.blocks_for(shares[i] * size)].tolist()
                 digests = self.digests[sibling][: shares[i]]
             allocator.acquire([block for block in entries if block != NULL_BLOCK])
-            new_blocks = allocator.allocate(self.blocks_for(len(tokens[i])) - len(entries))
-            self.lay(row, [*entries, *new_blocks], root, digests)
+            self.lay(row, [*entries, *self.supply(needed[i])], root, digests, starts[i])
         allocator.release(hits)
         if look_up:
             self.stats.queries += sum(map(len, tokens))
             self.stats.hits += sum(len(digests) for _, digests in found) * size
         return [share * size for share in shares]
+
+    def blocks_to_open(self, lengths: Sequence[int]) -> int:
+        """Blocks that `try_open` takes at most, of rows with so many tokens."""
+        start = 0 if len(lengths) == 1 else ENDLESS
+        return sum(int(self.needed(0, length, start).sum()) for length in lengths)
 
     def _match(self, tokens: Sequence[int], root: bytes) -> tuple[list[int], list[bytes]]:
         return ([], []) if self.cache is None else self.cache.match(tokens, root, self.behind_window)

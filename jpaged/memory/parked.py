@@ -44,8 +44,10 @@ class ParkedTables:
     def park(self, row: int, num_computed: int) -> Table:
         """Takes a row's table off the row, with the blocks of its first `num_computed` tokens."""
         rows = self._rows
-        blocks = rows.tables[row, : rows.counts[row]].copy()
-        table = Table(blocks, num_computed, rows.roots[row], rows.digests[row])
+        blocks = rows.tables[row, : rows.counts[row]]
+        kept = min(rows.blocks_for(num_computed), len(blocks))
+        rows.allocator.release(held(blocks[kept:][::-1]))
+        table = Table(blocks[:kept].copy(), num_computed, rows.roots[row], rows.digests[row])
         rows.clear(row)
         self._tables[table] = None
         self.truncate(table, num_computed)
@@ -74,11 +76,11 @@ class ParkedTables:
         index, count = start // rows.block_size, len(table.blocks)
         written = np.arange(index * rows.num_groups, min((index + 1) * rows.num_groups, count))  # entries
         shared = written[allocator.refs[table.blocks[written]] > 1].tolist()
-        new = rows.blocks_for(num_tokens) - count
-        if new + len(shared) + reserve > allocator.num_free:
+        needed = rows.needed(count // rows.num_groups, num_tokens, start)
+        if int(needed.sum()) + len(shared) + reserve > allocator.num_free:
             return None
         del self._tables[table]
-        rows.lay(row, [*table.blocks.tolist(), *allocator.allocate(new)], table.root, table.digests)
+        rows.lay(row, [*table.blocks.tolist(), *rows.supply(needed)], table.root, table.digests, start)
         copies = [copy for entry in shared if (copy := rows.own(row, entry))]
         if len(table.digests) <= index:
             for block in rows.tables[row, written].tolist():
@@ -134,4 +136,4 @@ class ParkedTables:
           RuntimeError: in a table, null blocks come after others.
         """
         rows = self._rows
-        return [b for table in self for b in rows.checked(table.blocks, rows.leading_nulls(table.blocks))]
+        return [b for t in self for b in rows.checked(t.blocks, rows.leading_nulls(t.blocks), len(t.blocks))]

@@ -99,13 +99,16 @@ class PrefixCache:
         if entry is None:
             if digest in self._by_digest or not any(blocks):
                 return digest, []
-            entry = self._by_digest[digest] = _Entry([NULL_BLOCK] * len(blocks), parent, content)
-        entered = []
-        for group, block in enumerate(blocks):
-            if block != NULL_BLOCK and entry.blocks[group] == NULL_BLOCK:
-                entry.blocks[group] = block
-                self._by_block[block] = digest
-                entered.append(block)
+            self._by_digest[digest] = _Entry(list(blocks), parent, content)
+            entered = [block for block in blocks if block != NULL_BLOCK]
+        else:
+            entered = []
+            for group, block in enumerate(blocks):
+                if block != NULL_BLOCK and entry.blocks[group] == NULL_BLOCK:
+                    entry.blocks[group] = block
+                    entered.append(block)
+        for block in entered:
+            self._by_block[block] = digest
         return digest, entered
 
     def content(self) -> dict[int, tuple[int, bytes, bytes]]:

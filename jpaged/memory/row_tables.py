@@ -3,6 +3,7 @@
     tables[row]   logical block -> physical blocks     [ 7 | 3 | 12 | 0 | 0 ... ]   0 = null block: no entry
     counts[row]   entries in use                         3
     firsts[row]   entries before these are null again    0   (they lie behind the sliding window)
+    ahead[row]    entries from there on are null still   -   (of a long prompt that is computed in chunks)
 
 A row is a running sequence's place in the batch.
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from jpaged.memory.allocator import NULL_BLOCK, BlockAllocator
 
-_ENDLESS = 1 << 30  # a window that nothing ever leaves
+ENDLESS = 1 << 29  # tokens: a window that nothing ever leaves
 
 Entries = Sequence[int] | np.ndarray
 """Of a table: G for each logical block."""
@@ -51,6 +52,8 @@ class RowTables:
       max_blocks_per_row: logical blocks of the longest sequence.
       windows: of each layer group: it attends to no more than so many tokens, the query's own included, and blocks
         behind them are given back. None: to all.
+      max_chunk: most tokens of a row that a step computes. A row gets blocks for all its known tokens, but of layer
+        groups with a window only for the next so many. None: always for all.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class RowTables:
         max_blocks_per_row: int,
         *,
         windows: Sequence[int | None] = (None,),
+        max_chunk: int | None = None,
     ) -> None:
         self.allocator = allocator
         self.block_size = block_size
@@ -72,8 +76,13 @@ class RowTables:
         """The same entries (a view): row, logical block, layer group."""
         self.counts = np.zeros(max_rows, np.int32)
         self.firsts = np.zeros((max_rows, self.num_groups), np.int32)  # in logical blocks
+        self.ahead: dict[int, int] = {}
+        """Rows that lack blocks for tokens further on: the logical blocks for which groups with a window have some."""
         self._groups = np.arange(self.num_groups, dtype=np.int32)
-        self._seen = np.array([window or _ENDLESS for window in windows], np.int32)  # tokens
+        self._slides = np.array([window is not None for window in windows])
+        self._num_sliding = int(self._slides.sum())
+        self.max_chunk = max_chunk or ENDLESS
+        self._seen = np.array([window or ENDLESS for window in windows], np.int32)  # tokens
         self.num_copies = 0
         """Blocks copied on write, ever."""
         self.version = 0
@@ -92,8 +101,14 @@ class RowTables:
         return np.maximum(np.asarray(position)[..., None] + 1 - self._seen, 0) // self.block_size
 
     def leading_nulls(self, entries: Entries) -> np.ndarray:
-        """Of each layer group, the logical blocks that its window has left: int32 [G], of a table's entries."""
-        return (np.asarray(entries, np.int32).reshape(-1, self.num_groups) == NULL_BLOCK).sum(0)
+        """Of each layer group, the logical blocks that its window has left: int [G], of a table's entries."""
+        nulls = np.asarray(entries, np.int32).reshape(-1, self.num_groups) == NULL_BLOCK
+        return np.logical_and.accumulate(nulls).sum(0)
+
+    def most_blocks(self, num_tokens: int) -> int:
+        """Blocks that a row holds at most on its way to so many tokens, if it is opened alone."""
+        kept = (self._seen + self.max_chunk) // self.block_size + 3  # a partial block at each end, and one to spare
+        return int(np.minimum(-(-num_tokens // self.block_size), kept).sum())
 
     @property
     def num_free(self) -> int:
@@ -116,7 +131,7 @@ class RowTables:
         Steps run in order: who gets such a block writes to it after the last step that reads it. One block more than
         is needed stays, so that a table that is cut back to its full blocks can go on.
         """
-        if not any(self.windows):
+        if not self._num_sliding:
             return
         ends = self.counts[rows, None] // self.num_groups
         firsts = np.minimum(self.behind_window(positions - self.block_size), ends)  # [n, G]
@@ -133,18 +148,68 @@ class RowTables:
         self.allocator.release(held(self.tables[row, : self.counts[row]][::-1]))
         self.clear(row)
 
-    def lay(self, row: int, entries: Entries, root: bytes, digests: list[bytes]) -> None:
-        """Gives an empty row a table whose references are there already."""
+    def lay(self, row: int, entries: Entries, root: bytes, digests: list[bytes], position: int = ENDLESS) -> None:
+        """Gives an empty row a table whose references are there already; `position`: what `needed` was asked for."""
         self.tables[row, : len(entries)] = entries
         self.counts[row], self.firsts[row] = len(entries), self.leading_nulls(entries)
         self.roots[row], self.digests[row] = root, digests
         self.version += 1
+        if self._num_sliding:
+            self._note(row, self._reach(position))
+
+    # ---------------------------------------------------------------------------------------- prompts in chunks
+
+    def needed(self, num_held: int, num_tokens: int, position: int) -> np.ndarray:
+        """Which entries a row needs blocks for at once, after its first `num_held` logical blocks and up to those of
+        `num_tokens` tokens, if its next step begins at `position`: bool [logical blocks, G]."""
+        needed = np.ones((max(-(-num_tokens // self.block_size) - num_held, 0), self.num_groups), bool)
+        needed[max(self._reach(position) - num_held, 0) :, self._slides] = False
+        return needed
+
+    def supply(self, needed: np.ndarray) -> list[int]:
+        """New table entries with the blocks that are needed. The caller checked num_free."""
+        entries = np.zeros(needed.shape, np.int32)
+        entries[needed] = self.allocator.allocate(int(needed.sum()))
+        return entries.ravel().tolist()
+
+    def _reach(self, position: int) -> int:
+        """Logical blocks up to the end of a step that begins at `position`."""
+        return -(-(position + self.max_chunk) // self.block_size)
+
+    def extend(self, row: int, position: int) -> bool:
+        """Gives a row blocks for the step that begins at `position`, or as many as are free; whether it got any."""
+        if row not in self.ahead:
+            return False
+        first, count, groups = self.ahead[row], int(self.counts[row]) // self.num_groups, self._num_sliding
+        last = min(self._reach(position), count, first + self.num_free // groups)
+        if last <= first:
+            return False
+        blocks = np.array(self.allocator.allocate((last - first) * groups), np.int32)
+        self.by_group[row, first:last][:, self._slides] = blocks.reshape(-1, groups)
+        self._note(row, last)
+        return True
+
+    def _note(self, row: int, last: int) -> None:
+        """Up to which logical block all groups of a row have blocks."""
+        if last * self.num_groups < self.counts[row]:
+            self.ahead[row] = last
+        else:
+            self.ahead.pop(row, None)
+
+    def covered(self, row: int) -> int:
+        """Tokens that a row has blocks for in all layer groups."""
+        return self.ahead.get(row, int(self.counts[row]) // self.num_groups) * self.block_size
+
+    def lacking(self, row: int, position: int) -> int:
+        """Blocks without which a row cannot compute its token at `position`."""
+        return 0 if row not in self.ahead or position < self.covered(row) else self._num_sliding
 
     def clear(self, row: int) -> None:
         """Empties a row's table; its references are the caller's now."""
         self.tables[row] = NULL_BLOCK
         self.counts[row], self.firsts[row] = 0, 0
         self.digests[row] = []
+        self.ahead.pop(row, None)
         self.version += 1
 
     # -------------------------------------------------------------------------------------------------- writes
@@ -219,19 +284,21 @@ class RowTables:
         for row, count in enumerate(self.counts.tolist()):
             if self.tables[row, count:].any():
                 raise RuntimeError(f"row {row} has table entries beyond its count")
-            blocks += self.checked(self.tables[row, :count], self.firsts[row])
+            blocks += self.checked(self.tables[row, :count], self.firsts[row], self.ahead.get(row, count))
         return blocks
 
-    def checked(self, entries: np.ndarray, firsts: np.ndarray) -> list[int]:
-        """The blocks of a table that begins with so many null blocks in each layer group, int32 [G].
+    def checked(self, entries: np.ndarray, firsts: np.ndarray, ahead: int) -> list[int]:
+        """The blocks of a table that begins with so many null blocks in each layer group, int [G], and has others only
+        from the logical block `ahead` on, in groups with a window.
 
         Raises:
-          RuntimeError: it begins otherwise.
+          RuntimeError: it has others.
         """
         table = entries.reshape(-1, self.num_groups)
-        behind = np.arange(len(table))[:, None] < firsts
-        if table[behind].any():
-            raise RuntimeError("a table has entries behind its window")
-        if (table[~behind] == NULL_BLOCK).any():
+        index = np.arange(len(table))[:, None]
+        nulls = (index < firsts) | (index >= ahead) & self._slides
+        if table[nulls].any():
+            raise RuntimeError("a table has entries behind its window, or far ahead of it")
+        if (table[~nulls] == NULL_BLOCK).any():
             raise RuntimeError("a table entry in use points to the null block")
-        return table[~behind].tolist()
+        return table[~nulls].tolist()

@@ -42,7 +42,7 @@ class Admission:
             return False
         self._batch.seat(sequences)
         positions = self._open(group, heads, draft, reserve)
-        wanted = sum(self._blocks.blocks_for(len(s.tokens)) for s in heads) + reserve
+        wanted = self._blocks.blocks_to_open([len(s.tokens) for s in heads]) + reserve
         if positions is None and self._blocks.parked.reclaim(wanted):  # parked tables were in the way, perhaps
             positions = self._open(group, heads, draft, reserve)
         if positions is None:

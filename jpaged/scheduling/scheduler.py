@@ -157,11 +157,13 @@ class Scheduler:
     def _most_blocks(self, group: SequenceGroup) -> int:
         """Blocks that a group needs at its longest: only the full blocks of its prompt are certain to be shared.
 
-        Windows do not count: after a preemption, all of its tokens are given blocks before they are computed anew.
+        Windows count for a single sequence. Those of a larger group may, after a preemption, be given blocks for all of
+        their tokens before these are computed anew.
         """
         size, sequences = self.blocks.block_size, group.unfinished
-        full = len(group.prompt_token_ids) // size * size
-        shared = self.blocks.blocks_for(full) if len(sequences) > 1 else 0
+        if len(sequences) == 1:
+            return self.blocks.most_blocks(sequences[0].max_length - 1)
+        shared = self.blocks.blocks_for(len(group.prompt_token_ids) // size * size)
         return shared + sum(self.blocks.blocks_for(s.max_length - 1) - shared for s in sequences)
 
     def pin(self, table: Table) -> None:
@@ -234,13 +236,16 @@ class Scheduler:
         return draft.finish(self.batch, self.roster, self.buckets, self.tile_size)
 
     def _schedule_decodes(self, draft: Draft) -> None:
-        """Rows that are one token behind, each with a block of its own to write to."""
+        """Rows that are one token behind, each with a block of its own to write to; and the first of those that are
+        further behind can go on, too."""
         while True:
             rows = self.batch.ready()
             writes = self.blocks.writes(rows, self.batch.position[rows])
-            if writes.num_blocks > self.blocks.num_free:
-                self.blocks.parked.reclaim(writes.num_blocks)
-            if writes.num_blocks <= self.blocks.num_free:
+            first = [s.row for s in self._admission.catching_up[:1]]
+            need = writes.num_blocks + sum(self.blocks.lacking(row, int(self.batch.position[row])) for row in first)
+            if need > self.blocks.num_free:
+                self.blocks.parked.reclaim(need)
+            if need <= self.blocks.num_free:
                 break
             self.preemption.preempt(self.roster.newest_running(), draft)
         draft.rows = rows
@@ -253,8 +258,11 @@ class Scheduler:
             row = sequence.row
             start, target = int(self.batch.position[row]), int(self.batch.target[row])
             samples = target == len(sequence.tokens)
-            while start < target and self._tiles_left(draft) > 0:
-                length = min(self.tile_size, target - start)
+            if self.blocks.extend(row, start):
+                draft.admitted.append(sequence)  # the device has to hear of its new blocks
+            end = min(target, self.blocks.covered(row))
+            while start < end and self._tiles_left(draft) > 0:
+                length = min(self.tile_size, end - start)
                 draft.tiles.append(Tile(sequence, row, start, length, samples and start + length == target))
                 start += length
             self.batch.position[row] = start

@@ -47,6 +47,7 @@ def engine_factory(config: EngineConfig) -> EngineFactory:
             width // parts.blocks.num_groups,
             enable_prefix_caching=enable_prefix_caching,
             windows=parts.blocks.windows,
+            max_chunk=parts.blocks.max_chunk,
         )
         scheduler = Scheduler(
             blocks,

@@ -53,14 +53,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
         size=st.integers(1, 4),
         caching=st.sampled_from([True, True, True, False]),
         room=st.sampled_from([0, 3, 50]),
+        max_chunk=st.sampled_from([None, 1, 4]),
         windows=st.sampled_from([(None,)] * 3 + [(1,), (3,), (6,), (11,), (None, 1), (None, 6), (6, 3), (None, 4, 4)]),
     )
-    def start(self, num_blocks, size, caching, room, windows):
+    def start(self, num_blocks, size, caching, room, max_chunk, windows):
         self.size, self.caching, self.windows = size, caching, [window or 1000 for window in windows]
-        self.groups = len(windows)
+        self.groups, self.max_chunk = len(windows), max_chunk or 1000
         num_blocks = 1 + (num_blocks - 1) * self.groups
         self.blocks = BlockManager(
-            num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching, windows=windows
+            num_blocks, size, self.ROWS, self.WIDTH, enable_prefix_caching=caching, windows=windows, max_chunk=max_chunk
         )
         self.space = SwapSpace(self.blocks, room)
         self.open: dict[int, Text] = {}
@@ -84,9 +85,10 @@ class BlockManagerMachine(RuleBasedStateMachine):
                 assert self.pool[block][position % self.size] == text.content(position, group)
 
     def erase(self, blocks):
-        """New blocks come with worthless content."""
+        """New blocks come with worthless content. Null ones are not there yet."""
         for block in blocks:
-            self.pool[block] = [None] * self.size
+            if block:
+                self.pool[block] = [None] * self.size
 
     def free_rows(self):
         return sorted(set(range(self.ROWS)) - set(self.open))
@@ -130,7 +132,8 @@ class BlockManagerMachine(RuleBasedStateMachine):
         assert cached % self.size == 0
         assert not cached or (use_cache and self.caching)
         fresh = self.blocks.tables[row, self.blocks.blocks_for(cached) : self.blocks.counts[row]].tolist()
-        assert (self.blocks.allocator.refs[fresh] == 1).all(), "a block that will be written belongs to one row"
+        refs = self.blocks.allocator.refs[[block for block in fresh if block]]
+        assert (refs == 1).all(), "a block that will be written belongs to one row"
         self.erase(fresh)
         self.open[row] = Text(salt, list(tokens), cached)
 
@@ -154,7 +157,15 @@ class BlockManagerMachine(RuleBasedStateMachine):
     def compute(self, data, count):
         """A step computes a row's next tokens; then its full blocks are sealed."""
         row = data.draw(st.sampled_from(self.rows(caught_up=False)))
-        self.advance(row, min(self.open[row].done + count, len(self.open[row].tokens)))
+        done, free, before = self.open[row].done, self.blocks.num_free, self.blocks.tables[row].tolist()
+        lacking = self.blocks.lacking(row, done)
+        assert self.blocks.extend(row, done) == (free > self.blocks.num_free)
+        fresh = [now for now, then in zip(self.blocks.tables[row].tolist(), before, strict=True) if now != then]
+        assert len(fresh) == free - self.blocks.num_free
+        self.erase(fresh)
+        covered = self.blocks.covered(row)
+        assert covered > done or lacking > free
+        self.advance(row, min(done + min(count, self.max_chunk), covered, len(self.open[row].tokens)))
 
     def advance(self, row, upto):
         text = self.open[row]

@@ -258,6 +258,7 @@ class NullEngine:
             watermark=watermark,
             enable_prefix_caching=caching,
             windows=windows,
+            max_chunk=(max_tiles or budget // tile_size) * tile_size,
         )
         self.scheduler = Scheduler(
             self.blocks,

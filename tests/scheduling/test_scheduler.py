@@ -364,3 +364,20 @@ def test_the_variant_follows_who_runs():
     e.step()
     assert e._in_flight[-1][0].variant == Variant(sample=True, prompt_logprobs=True, num_logprobs=5)
     e.drain()
+
+
+@pytest.mark.parametrize(("windows", "num_blocks"), [((8,), 6), ((None, 8), 11), ((None, 8, 8), 9)])
+def test_layers_with_a_window_get_the_blocks_of_a_long_prompt_chunk_by_chunk(windows, num_blocks):
+    """Sixty tokens are 15 blocks for every layer group; two requests, in a pool that has room for one."""
+    e = engine(num_blocks=num_blocks, windows=windows, budget=8, max_tiles=1, caching=False)
+    for first in range(2):
+        e.add(prompt(50, first), 10)
+    peak = np.zeros(len(windows), int)
+    while e.has_work:
+        e.step()
+        e.check_tables()
+        peak = np.maximum(peak, (e.blocks.by_group > 0).sum(1).max(0))
+    e.check_outputs()
+    assert peak.tolist() == [15 if window is None else 4 for window in windows], "a window, a chunk, and one more"
+    with pytest.raises(InvalidRequestError, match="the whole pool has"):
+        engine(num_blocks=num_blocks - 1, windows=windows, budget=8, max_tiles=1).add(prompt(50), 10)

@@ -72,6 +72,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             size = engine.blocks.block_size
             shared = engine.blocks.blocks_for(len(request["prompt"]) // size * size) if request["n"] > 1 else 0
             need = shared + request["n"] * (engine.blocks.blocks_for(length - 1) - shared)
+            if request["n"] == 1:
+                need = engine.blocks.most_blocks(length - 1)
             fits = request["n"] <= len(engine.scheduler.batch.by_row) and need <= engine.blocks.allocator.num_usable
             try:
                 engine.add(**request)
