@@ -10,6 +10,7 @@ output was not valid, or was cut off.
 import argparse
 import concurrent.futures
 import dataclasses
+import datetime
 import json
 import random
 import sys
@@ -49,6 +50,17 @@ _PATTERNS = (
 )
 _FORMATS = ("date", "uuid", "ipv4")
 """Not those of times: the validator takes no more than six digits of a second, and RFC 3339 has no limit."""
+
+
+_FORMAT_CHECKER = jsonschema.FormatChecker()
+
+
+@_FORMAT_CHECKER.checks("date", raises=ValueError)
+def _is_date(value: object) -> bool:
+    """RFC 3339 knows a year 0, a leap year; Python does not."""
+    if isinstance(value, str):
+        datetime.date.fromisoformat(f"2000{value[4:]}" if value.startswith("0000-") else value)
+    return True
 
 
 class Schemas:
@@ -192,7 +204,7 @@ def problems(schema: Schema, text: str) -> Iterator[str]:
     except ValueError as error:
         yield str(error)
         return
-    checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+    checker = jsonschema.Draft202012Validator(schema, format_checker=_FORMAT_CHECKER)
     yield from (error.message for error in checker.iter_errors(value))
 
 

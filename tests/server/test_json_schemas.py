@@ -20,3 +20,6 @@ def test_a_wrong_output_is_noticed():
     schema = {"type": "array", "items": {"type": "integer", "maximum": 3}, "maxItems": 2}
     assert list(problems(schema, "[1, 2]")) == []
     assert all(list(problems(schema, text)) for text in ("[1, 2, 3]", "[4]", "[1", "{}"))
+    dates = {"type": "string", "format": "date"}
+    assert list(problems(dates, '"0000-02-29"')) == []
+    assert all(list(problems(dates, text)) for text in ('"0000-02-30"', '"2023-02-29"', '"2023"'))

@@ -142,3 +142,16 @@ def test_settings_are_checked(wrong):
 def test_a_chat_template_that_is_not_there(live):
     with pytest.raises(InvalidConfigError, match="chat_template"):
         make_app(live.llm, ServerConfig(chat_template="/no/such/file"))
+
+
+def test_pages_of_allowed_origins_alone_may_call(tiny):
+    def asked(live, origin):
+        headers = {"origin": origin, "access-control-request-method": "POST"}
+        answer = live.http.request("OPTIONS", "/v1/completions", headers=headers)
+        return answer.status_code, answer.headers.get("access-control-allow-origin")
+
+    with serving(tiny(), key="k", api_key=("k",), allowed_origins=("http://a.example",)) as live:
+        assert asked(live, "http://a.example") == (200, "http://a.example")
+        assert asked(live, "http://b.example") == (400, None)
+    with serving(tiny()) as live:
+        assert asked(live, "http://a.example") == (405, None)
