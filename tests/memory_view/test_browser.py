@@ -95,6 +95,8 @@ def expected(recording: Recording) -> list:
         for sequence in snapshot.sequences:
             for entry, block in enumerate(sequence.blocks):
                 logical = entry // recording.pool.layer_groups
+                if block == 0:
+                    continue
                 for filled, bound in ((written, sequence.written), (placed, sequence.placed)):
                     filled[block] = max(filled[block], min(size, max(0, bound - logical * size)))
         views.append(

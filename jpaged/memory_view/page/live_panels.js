@@ -88,7 +88,7 @@ class RequestTable {
 
   row(request, chosen, now) {
     const sequences = this.pool.sequencesOf(request.number);
-    const blocks = new Set(sequences.flatMap((s) => s.blocks)).size;
+    const blocks = new Set(sequences.flatMap((s) => s.blocks.filter(Boolean))).size;
     const generated = sequences.reduce((sum, s) => sum + s.tokens.length - request.prompt, 0);
     const parked = request.status === "parked";
     const age = Math.max(0, now - request.arrived);

@@ -46,7 +46,7 @@ class BlockMap {
   }
 
   blocksOf(number) {
-    return new Set(this.replay.sequencesOf(number).flatMap((sequence) => sequence.blocks));
+    return new Set(this.replay.sequencesOf(number).flatMap((sequence) => sequence.blocks.filter(Boolean)));
   }
 
   stateOf(block) {

@@ -117,7 +117,7 @@ class RequestList {
   row(request, chosen) {
     const { replay } = this;
     const sequences = replay.sequencesOf(request.number);
-    const blocks = sequences.length === 1 ? sequences[0].blocks.length : new Set(sequences.flatMap((s) => s.blocks)).size;
+    const blocks = new Set(sequences.flatMap((s) => s.blocks.filter(Boolean))).size;
     const first = sequences[0];
     const tail = first ? replay.join(first.tokens.slice(Math.max(request.prompt, first.tokens.length - 24))) : "";
     const samples = sequences.length > 1 ? ` ×${sequences.length}` : "";

@@ -152,6 +152,7 @@ class Pool {
     };
     for (const sequence of this.state.sequences) {
       sequence.blocks.forEach((block, entry) => {
+        if (!block) return; // the null block: a window has left what was there
         const start = this.logical(entry) * blockSize;
         view.references[block]++;
         view.written[block] = Math.max(view.written[block], Math.min(blockSize, sequence.written - start));
