@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -36,8 +37,10 @@ def bind(config: ServerConfig) -> socket.socket:
     """Takes the address before anything is loaded; nobody can connect until the server serves.
 
     Raises:
-      InvalidConfigError: the address is in use, or not ours.
+      InvalidConfigError: the address is in use, or not ours; or the certificate can't be used.
     """
+    if config.ssl_certfile is not None:
+        _check_certificate(config.ssl_certfile, config.ssl_keyfile)
     where = config.uds or f"{config.host}:{config.port}"
     try:
         if config.uds is not None:
@@ -58,6 +61,17 @@ def bind(config: ServerConfig) -> socket.socket:
     except OSError as error:
         raise InvalidConfigError(f"can't listen on {where}: {error.strerror or error}.") from error
     return sock
+
+
+def _check_certificate(certfile: str, keyfile: str | None) -> None:
+    try:
+        # With a password, because OpenSSL would ask the terminal for that of an encrypted key.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certfile, keyfile, password="")
+    except OSError as error:
+        raise InvalidConfigError(
+            f"can't use ssl_certfile={certfile!r} with ssl_keyfile={keyfile!r}: {error.strerror or error}. Both are "
+            "PEM files, and the key has no password."
+        ) from error
 
 
 def address_of(sock: socket.socket, config: ServerConfig) -> str:

@@ -1,10 +1,12 @@
 """The security rules of docs/serving.md, one by one."""
 
+import ssl
 import stat
 import threading
 
 import httpx2 as httpx
 import pytest
+import trustme
 
 from jpaged.errors import InvalidConfigError
 from jpaged.server.app import make_app
@@ -30,6 +32,52 @@ def test_unix_socket(tmp_path):
     with pytest.raises(InvalidConfigError, match="can't listen"):
         bind(ServerConfig(uds=str(tmp_path / "file")))
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def certificate(authority, tmp_path):
+    """The files of a certificate for 127.0.0.1: (certificate, key)."""
+    issued = authority.issue_cert("127.0.0.1")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    return str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+
+
+def test_tls(tiny, authority, certificate):
+    certfile, keyfile = certificate
+    with serving(tiny(), ssl_certfile=certfile, ssl_keyfile=keyfile) as live:
+        assert live.url.startswith("https://")
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        with httpx.Client(base_url=live.url, verify=trusting) as client:
+            body = {"model": "tiny", "prompt": [5, 6, 7], "max_tokens": 3}
+            assert client.post("/v1/completions", json=body).status_code == 200
+        with httpx.Client(base_url=live.url) as stranger, pytest.raises(httpx.ConnectError):
+            stranger.get("/health")
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(live.url.replace("https", "http") + "/health")
+
+
+def test_certificates_that_can_not_be_used(certificate, tmp_path):
+    certfile, keyfile = certificate
+    other = trustme.CA().issue_cert("127.0.0.1").private_key_pem
+    other.write_to_path(tmp_path / "other.pem")
+    (tmp_path / "empty.pem").write_text("")
+    for files in (
+        (certfile, str(tmp_path / "other.pem")),
+        (certfile, str(tmp_path / "empty.pem")),
+        (str(tmp_path / "empty.pem"), keyfile),
+        (str(tmp_path / "nothing.pem"), keyfile),
+    ):
+        with pytest.raises(InvalidConfigError, match="can't use ssl_certfile"):
+            bind(ServerConfig(port=0, ssl_certfile=files[0], ssl_keyfile=files[1]))
+    with pytest.raises(InvalidConfigError, match="needs both"):
+        ServerConfig(ssl_certfile=certfile)
 
 
 def test_every_path_but_health_is_guarded(tiny, monkeypatch):
