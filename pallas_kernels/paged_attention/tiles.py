@@ -35,14 +35,15 @@ def prefill_tiles(head_size: int, itemsize: int, capability: int) -> Tiles:
     The output of 128 x 128 in float32 takes 64 registers of each of 256 threads and the scores of 64 tokens 32 more.
     With a head size of 256 half the rows keep the output in registers. Two stages on Hopper, because with three ptxas
     waits for each wgmma ("instructions are serialized"), at the same shared memory; elsewhere three, because with two
-    some shapes spill.
+    some shapes spill. Fewer tokens where jax 0.11's Triton spills: on Ampere, which has no memory for its tensor cores'
+    results, and with a head size of 256 on Blackwell.
     """
     if itemsize == 4:  # exact float32 products run on no tensor core
         return Tiles(rows=32, tokens=16, num_warps=4, num_stages=2)  # larger ones spill registers
     stages = 2 if capability == 90 else 3
     if head_size > 128:
-        return Tiles(rows=64, tokens=32, num_warps=8, num_stages=stages)
-    return Tiles(rows=128, tokens=64, num_warps=8, num_stages=stages)
+        return Tiles(rows=64, tokens=16 if capability >= 100 else 32, num_warps=8, num_stages=stages)
+    return Tiles(rows=128, tokens=32 if capability < 90 else 64, num_warps=8, num_stages=stages)
 
 
 def _padded(head_size: int) -> int:
