@@ -47,7 +47,7 @@ def _step(
     if num_blocks * spec.block_bytes + STEP_BYTES > free:
         raise Skipped("does not fit the memory")
     shape = (num_blocks, *spec.layer_shape[1:])
-    pool = tuple(jnp.full(shape, 0.1, spec.dtype) for _ in range(spec.num_layers))
+    pool = tuple(jnp.full(shape, 0.1, spec.dtype) for _ in range(spec.num_arrays))
     order = 1 + np.random.default_rng(0).permutation(batch * width).reshape(batch, width)
     tables = jnp.asarray(np.vstack([order, np.zeros((1, width))]), jnp.int32)  # the last row is the null row
     tokens = jax.random.randint(jax.random.key(0), (batch + 1, width * BLOCK_SIZE + 1), 0, config.vocab_size)

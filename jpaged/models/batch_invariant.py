@@ -26,12 +26,12 @@ from jax import lax
 from jpaged.models.layers import Angles, DecoderLayer
 from jpaged.models.layout import PagedLayout, Tap
 from pallas_kernels.paged_attention import write_kv
+from pallas_kernels.paged_attention.merge import LOWEST
 
 TILE = 8
 """Tokens that go through the model together."""
 SPAN = 128
 """Positions of the context in one product of attention; a multiple of the pool's block size."""
-_LOWEST = -1e30  # where a running maximum starts: finite, so that a query that sees nothing gives zeros, not NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -203,7 +203,7 @@ def _attend(kv, q, tables, starts, lengths, *, scale, sliding_window, logit_soft
             return i + 1, higher, total * shrink + weights.sum(-1), out * shrink[..., None] + new
 
         none = jnp.zeros(q.shape[:-1], jnp.float32)
-        start = (first, none + _LOWEST, none, jnp.zeros(q.shape, jnp.float32))
+        start = (first, none + LOWEST, none, jnp.zeros(q.shape, jnp.float32))
         if sinks is not None:  # a score that has no value
             start = (first, column, none + 1, start[3])
         _, _, total, out = lax.optimization_barrier(lax.while_loop(lambda c: c[0] * SPAN < last, chunk, start))

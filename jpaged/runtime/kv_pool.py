@@ -62,8 +62,8 @@ class KVPoolSpec:
         return cls(groups, num_blocks, block_size, heads, width, jnp.dtype(dtype), parts, mesh)
 
     @property
-    def num_layers(self) -> int:
-        """Layers of a group: arrays of the pool."""
+    def num_arrays(self) -> int:
+        """Arrays of the pool: one for a layer of each group."""
         return self.groups.size
 
     @property
@@ -77,7 +77,7 @@ class KVPoolSpec:
     @property
     def block_bytes(self) -> int:
         """Bytes of one block: what a group's layers keep of `block_size` tokens, on all devices together."""
-        vectors = self.parts * self.num_layers * self.block_size * self.num_kv_heads
+        vectors = self.parts * self.num_arrays * self.block_size * self.num_kv_heads
         return vectors * (self.head_dim * self.dtype.itemsize + (_SCALE.itemsize if self.quantized else 0))
 
     @property
@@ -109,7 +109,7 @@ class KVPoolSpec:
             values = make(shape, self.dtype)
             return QuantizedKV(values, make(shape[:-1], _SCALE)) if self.quantized else values
 
-        return tuple(layer() for _ in range(self.num_layers))
+        return tuple(layer() for _ in range(self.num_arrays))
 
 
 def pool_dtype(kv_cache_dtype: str, model: ModelConfig, dtype: jnp.dtype) -> jnp.dtype:

@@ -1,11 +1,11 @@
 """A function compiled in pieces: what it calls again and again is compiled once.
 
     whole:    [ before | layer | layer | layer | ... | after ]      one executable
-    pieces:   [ before ]  [ layer ] x L  [ after ]                  three executables, L + 2 calls
+    pieces:   [ before ]  [ six layers ] x L / 6  [ after ]         three executables, L / 6 + 2 calls
 
 XLA:CPU gives each of a model's equal layers machine code and matrix-product graphs of its own: compiling, loading and
-holding them takes as many times what one layer takes (docs/performance.md). The price is a call a layer, which the
-host makes ahead of the device. On GPU a step is one executable, whose launches are one graph.
+holding them takes as many times what one layer takes (docs/performance.md). The price is a few calls a step, which
+the host makes ahead of the device. On GPU a step is one executable, whose launches are one graph.
 """
 
 import functools
@@ -79,17 +79,17 @@ class Pieces:
             outputs = [v for v in made if last_use.get(v, i) > i]
             donated = _donatable([v for v in inputs if v in owned and last_use[v] == i], outputs)
             outputs = _beside(run, [v for v in inputs if v in donated], outputs)
-            places = tuple(n for n, v in enumerate(inputs) if v in donated)
-            key = _identity(run, inputs, outputs, places)
+            given_up = tuple(n for n, v in enumerate(inputs) if v in donated)
+            key = _identity(run, inputs, outputs, given_up)
             if key not in compiled:
                 part = jaxpr.replace(constvars=[], invars=inputs, outvars=outputs, eqns=run)
                 piece = functools.partial(jax.core.eval_jaxpr, part, ())
-                compiled[key] = jax.jit(piece, donate_argnums=places).lower(*map(_abstract, inputs)).compile()
+                compiled[key] = jax.jit(piece, donate_argnums=given_up).lower(*map(_abstract, inputs)).compile()
             owned = owned.union(made)
-            pieces.append(Piece(compiled[key], self._places(inputs), self._places(outputs)))
+            pieces.append(Piece(compiled[key], self._slots_of(inputs), self._slots_of(outputs)))
         return pieces
 
-    def _places(self, variables: list[Var]) -> tuple[int, ...]:
+    def _slots_of(self, variables: list[Var]) -> tuple[int, ...]:
         return tuple(self._slots.setdefault(id(v), len(self._slots)) for v in variables)
 
 

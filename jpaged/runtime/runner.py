@@ -141,7 +141,7 @@ class Runner:
     def compile_forward(self, bucket: Bucket) -> Any:
         """The compiled forward pass of a bucket; compiled, or found in the persistent cache, once."""
         key = ("forward", bucket) if self.capture is None else ("forward", bucket, self.capture)
-        if key in self._compiled:
+        if key in self._compiled:  # every step asks, and what `_compile` is told takes a millisecond to make
             return self._compiled[key]
         groups = self.spec.groups
         packed = jax.ShapeDtypeStruct((bucket.packed_size(len(groups.windows)),), jnp.int32)

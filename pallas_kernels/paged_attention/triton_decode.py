@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention import triton_softmax as softmax
+from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.softcap import LOG2_E
@@ -122,7 +123,7 @@ def _merge_kernel(*refs, shape: softmax.Shape, unflatten: Callable):
     @pl.when(functools.reduce(jnp.add, [partial.runs[row, 1] for partial in partials]) > 1)
     def merge():
         empty = tuple(jnp.zeros(size, jnp.float32) for _, size in shape.pieces)
-        carry = jnp.float32(softmax.LOWEST), jnp.float32(0), empty
+        carry = jnp.float32(LOWEST), jnp.float32(0), empty
         for partial in partials:
             steps = pl.cdiv(partial.runs[row, 1], MERGE_SPLITS)
             carry = lax.fori_loop(0, steps, functools.partial(body, partial), carry)

@@ -18,11 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.softcap import LOG2_E, soft_capped
 from pallas_kernels.paged_attention.tiles import Tiles
-
-LOWEST = -1e30
 
 
 class Shape(NamedTuple):

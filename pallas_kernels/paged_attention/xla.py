@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
@@ -25,9 +26,6 @@ class Seen(NamedTuple):
     high: jax.Array  # float32 [n, Hkv, M]: largest score
     total: jax.Array  # float32 [n, Hkv, M]: sum of exp(score - high)
     out: jax.Array  # float32 [n, Hkv, M, D]: sum of exp(score - high) * value
-
-
-LOWEST = -1e30  # where a running maximum starts: finite, so that a row that sees nothing gives zeros, not NaN
 
 
 def write_kv[Pool: KV](kv: Pool, k: jax.Array, v: jax.Array | None, slots: jax.Array) -> Pool:

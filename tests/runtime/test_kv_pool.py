@@ -35,7 +35,7 @@ def test_latents_are_stored_once():
 
 def test_quantised_blocks_take_half_of_bfloat16_and_their_scales():
     wide, small = spec_of("llama", jnp.bfloat16), spec_of("llama", jnp.float8_e4m3fn)
-    vectors = 2 * wide.num_layers * wide.block_size * wide.num_kv_heads
+    vectors = 2 * wide.num_arrays * wide.block_size * wide.num_kv_heads
     assert small.block_bytes == wide.block_bytes // 2 + 4 * vectors
     budget = 1000 * wide.block_bytes
     assert blocks_in_budget(budget, small, 10**6) == budget // small.block_bytes > 1000
