@@ -9,7 +9,7 @@ Module names are Hugging Face's wherever possible; a family lists those that dif
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -55,6 +55,12 @@ class Leaf:
         """Shape in files."""
         shape = self.spec.shape[1:] if self.spec.stacked else self.spec.shape
         return shape[::-1] if self.spec.transposed else shape
+
+    def as_stored(self) -> "Leaf":
+        """A kernel that files hold the other way round, as they hold it: the `weight` of `jpaged.models.dense`."""
+        if not self.spec.transposed or self.path[-1] != "kernel":
+            return self
+        return replace(self, path=(*self.path[:-1], "weight"), spec=Spec(self.stored_shape))
 
 
 @dataclass(frozen=True)
@@ -109,7 +115,7 @@ def read_params(
     Returns:
         The tree. Its NumPy arrays are read-only, for JAX may share their memory.
     """
-    wanted, dtype = list(wanted), target.dtype
+    wanted, dtype = [leaf.as_stored() if target.as_stored else leaf for leaf in wanted], target.dtype
     meter = Meter(sum(held_bytes(leaf.spec.shape, dtype) for leaf in wanted), target.progress)
     shardings = [target.sharding_of(leaf.path, leaf.spec.shape) for leaf in wanted]
     host = [leaf for leaf, sharding in zip(wanted, shardings, strict=True) if sharding is None]

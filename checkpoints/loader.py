@@ -82,6 +82,7 @@ def load(
     tokenizer: str | os.PathLike[str] | None = None,
     skip_tokenizer: bool = False,
     sharding: Any = None,
+    as_stored: bool = False,
     progress: Progress | None = None,
 ) -> Checkpoint:
     """Loads configuration, parameters and tokenizer of a model.
@@ -97,6 +98,8 @@ def load(
         sharding: where parameters go: a function (path, shape) -> `jax.sharding.Sharding` or None, or a nested dict of
             them like the parameter tree, in which one may stand for a subtree. They are read one shard at a time.
             None: parameters stay on the host, as NumPy arrays.
+        as_stored: linear layers that files hold as [out, in] stay so: leaves `weight` in place of `kernel`, for which
+            see `jpaged.models.dense`. Orbax holds kernels.
         progress: called as progress(done bytes, total bytes, tensor) while the parameters are made.
 
     Returns:
@@ -120,7 +123,7 @@ def load(
             built = opened.tokenizer() if tokenizer is None else load_tokenizer(tokenizer)
         return Checkpoint(
             config=opened.config,
-            params=opened.params(Target(element_type or opened.dtype(), as_sharding_of(sharding), progress)),
+            params=opened.params(Target(element_type or opened.dtype(), as_sharding_of(sharding), progress, as_stored)),
             tokenizer=built,
             generation_config=opened.generation_config,
             source=str(path),

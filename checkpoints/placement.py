@@ -38,6 +38,9 @@ class Target:
     progress: Progress | None = None
     """Who is told of how many have been read."""
 
+    as_stored: bool = False
+    """Whether linear layers stay [out, in] where files hold them so; see `jpaged.models.dense`."""
+
 
 def as_sharding_of(sharding: Any) -> ShardingOf:
     """What `checkpoints.load(sharding=...)` takes, as a function.

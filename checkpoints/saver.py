@@ -58,11 +58,13 @@ def save(
         UnsupportedCheckpointError: the format has no table for this family; the message lists those that it has.
         MissingWeightsError: `params` is not the tree of `config`.
     """
+    from jpaged.models.dense import kernel_path, turned  # imports JAX
+
     if format not in FORMATS:
         raise CheckpointError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     model = config if isinstance(config, ModelConfig) else config_from_hf(config)
     leaves = list(leaves_of(model))
-    flat = dict(_flatten(params))
+    flat = {kernel_path(path): turned(path, array) for path, array in _flatten(params)}
     check_tensors(
         "params",
         {"/".join(leaf.path): leaf.spec.shape for leaf in leaves},

@@ -27,6 +27,7 @@ from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models import registry
 from jpaged.models.config import ModelConfig
+from jpaged.models.dense import kernel_path, respelled, spelled_like
 from jpaged.models.sharding import param_shardings, tensor_mesh
 from jpaged.progress import Progress
 
@@ -60,10 +61,16 @@ def on_disk(config: EngineConfig) -> Source:
                 revision=config.revision,
                 tokenizer=config.tokenizer,
                 sharding=_sharding(config),
+                as_stored=_reads_weights_faster(config),
                 progress=progress.weights,
             )
 
     return Source(load=load)
+
+
+def _reads_weights_faster(config: EngineConfig) -> bool:
+    """Whether products with [out, in] are the faster ones, and rounding like the training forward pass is not asked."""
+    return jax.default_backend() == "cpu" and config.tensor_parallel_size == 1 and not config.batch_invariant
 
 
 def _sharding(config: EngineConfig) -> Callable[..., jax.sharding.NamedSharding] | None:
@@ -127,6 +134,7 @@ def live(model: Any, params: Any = None, tokenizer: Any = None, to_linen: ToLine
         init = functools.partial(module(config, dtype).init, method="forward_logits")
         like = jax.eval_shape(init, jax.random.key(0), jax.ShapeDtypeStruct((1, 1), jnp.int32))["params"]
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), nn.meta.unbox(like))
+        like = spelled_like(leaves, like)
         return checkpoints.Checkpoint(
             config=config,
             params=fit(leaves, like),
@@ -192,12 +200,15 @@ def fit(leaves: dict[tuple[str, ...], Any], like: Params) -> Params:
       MissingWeightsError: leaves are missing, surplus or misshapen; all of them are listed.
     """
     wanted = flatten_dict(like)
-    check_tensors(
-        "params",
-        {"/".join(path): leaf.shape for path, leaf in wanted.items()},
-        {"/".join(path): leaf.shape for path, leaf in leaves.items()},
-    )
-    return unflatten_dict({path: _placed(leaves[path], leaf) for path, leaf in wanted.items()})
+    check_tensors("params", _shapes(wanted), _shapes(leaves))
+    found = {path: leaves[path] if path in leaves else leaves[respelled(path)].T for path in wanted}
+    return unflatten_dict({path: _placed(found[path], leaf) for path, leaf in wanted.items()})
+
+
+def _shapes(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[int, ...]]:
+    """By name, of the kernels where there are weights."""
+    shapes = {path: leaf.shape[::-1] if path[-1] == "weight" else leaf.shape for path, leaf in leaves.items()}
+    return {"/".join(kernel_path(path)): shape for path, shape in shapes.items()}
 
 
 def _placed(leaf: Any, like: Any) -> jax.Array:

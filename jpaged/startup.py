@@ -21,6 +21,7 @@ from jpaged.errors import InvalidConfigError
 from jpaged.memory import BlockManager
 from jpaged.models.batch_invariant import SPAN
 from jpaged.models.config import ModelConfig
+from jpaged.models.dense import with_kernels
 from jpaged.models.rope import max_trained_length
 from jpaged.models.sharding import param_shardings, shard_params, tensor_mesh
 from jpaged.progress import Progress
@@ -149,7 +150,7 @@ def _make_runner(config: EngineConfig, source: Source, checkpoint: checkpoints.C
     if mesh is None:
         params = jax.device_put(checkpoint.params)
     else:
-        params = shard_params(checkpoint.params, param_shardings(checkpoint.config, mesh))
+        params = shard_params(with_kernels(checkpoint.params), param_shardings(checkpoint.config, mesh))
     kept_as = pool_dtype(config.kv_cache_dtype, checkpoint.config, limits.dtype)
     return Runner(
         module,

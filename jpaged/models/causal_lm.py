@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jpaged.models import batch_invariant
 from jpaged.models.batch_invariant import in_tiles
 from jpaged.models.config import ModelConfig, RopeConfig
+from jpaged.models.dense import Dense, float32_result, unembed
 from jpaged.models.layers import Angles, DecoderLayer
 from jpaged.models.layout import GroupedLayout, PagedLayout
 from jpaged.models.rope import cos_sin
@@ -88,7 +89,7 @@ class CausalLM(nn.Module):
         self.layers = [self.make_layer(index) for index in range(config.num_hidden_layers)]
         self.norm = self.make_norm()
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Dense(config.vocab_size, use_bias=False, dtype=self.dtype, dot_general=_float32_result)
+            self.lm_head = Dense(config.vocab_size, use_bias=False, dtype=self.dtype, dot_general=float32_result)
 
     @property
     def embedding_size(self) -> int:
@@ -117,8 +118,7 @@ class CausalLM(nn.Module):
     def head(self, hidden: jax.Array) -> jax.Array:
         """float32 logits [..., V] of hidden states [..., E]."""
         if self.config.tie_word_embeddings:
-            embedding = self.embed_tokens.embedding.astype(self.dtype)
-            return _float32_result(hidden, embedding, (((hidden.ndim - 1,), (1,)), ((), ())))
+            return unembed(hidden, self.embed_tokens.embedding.astype(self.dtype))
         return self.lm_head(hidden)
 
     def _by_token(self, lead: int, method: str, *rows: jax.Array, **static):
@@ -190,8 +190,3 @@ class CausalLM(nn.Module):
         logits = self.logits(self(tokens)[0][:, :-1])
         high, rest = batch_invariant.log_normaliser(logits)
         return (jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1) - high - rest)[..., 0]
-
-
-def _float32_result(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None) -> jax.Array:
-    """dot_general that accumulates and returns float32 whatever its inputs are."""
-    return jax.lax.dot_general(lhs, rhs, dimension_numbers, precision, jnp.float32)

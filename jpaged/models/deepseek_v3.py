@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import DeepseekV3Config, LayerConfig
+from jpaged.models.dense import Dense, kernel
 from jpaged.models.layers import Angles, DecoderLayer, GatedMLP, attend
 from jpaged.models.layout import PagedLayout
 from jpaged.models.llama import LlamaLayer
@@ -63,8 +64,8 @@ class LatentAttention(nn.Module):
         """What makes each head's key and value from the latent: [R, Hq, unrotated key + value]."""
         config = self.config
         width = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
-        kernel = Kernel((config.kv_lora_rank, width), self.dtype, name="kv_b_proj")()
-        return kernel.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
+        matrix = Kernel((config.kv_lora_rank, width), self.dtype, name="kv_b_proj")()
+        return matrix.reshape(config.kv_lora_rank, config.num_attention_heads, -1)
 
     def rotated(self, x: jax.Array, angles: Angles) -> jax.Array:
         if angles is None:
@@ -74,7 +75,7 @@ class LatentAttention(nn.Module):
         return rotate(x, *angles)
 
     def dense(self, name: str, width: int, bias: bool = False) -> nn.Module:
-        return nn.Dense(width, bias, self.dtype, name=name)
+        return Dense(width, bias, self.dtype, name=name)
 
 
 class Kernel(nn.Module):
@@ -85,7 +86,7 @@ class Kernel(nn.Module):
 
     @nn.compact
     def __call__(self) -> jax.Array:
-        return self.param("kernel", nn.initializers.lecun_normal(), self.shape).astype(self.dtype)
+        return kernel(self, self.shape).astype(self.dtype)
 
 
 class Router(nn.Module):
@@ -97,9 +98,9 @@ class Router(nn.Module):
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:  # [T, E] -> int32 [T, K], float32 [T, K]
         config = self.config
         experts, groups = config.num_local_experts, config.n_group
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (config.hidden_size, experts))
+        matrix = kernel(self, (config.hidden_size, experts))
         bias = self.param("e_score_correction_bias", nn.initializers.zeros, (experts,))
-        scores = jax.nn.sigmoid(x.astype(jnp.float32) @ kernel.astype(jnp.float32))  # [T, X]
+        scores = jax.nn.sigmoid(x.astype(jnp.float32) @ matrix.astype(jnp.float32))  # [T, X]
         choice = (scores + bias.astype(jnp.float32)).reshape(-1, groups, experts // groups)
         best = jax.lax.top_k(jax.lax.top_k(choice, 2)[0].sum(-1), config.topk_group)[1]  # [T, groups that may work]
         allowed = jax.nn.one_hot(best, groups, dtype=bool).any(axis=1)  # [T, G]

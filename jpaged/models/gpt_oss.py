@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import GptOssConfig
+from jpaged.models.dense import Dense
 from jpaged.models.layers import Attention
 from jpaged.models.llama import LlamaLayer
 from jpaged.models.moe import Matmul, dispatch, softmax_top_k
@@ -60,7 +61,7 @@ class GptOssMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., E] -> [..., E]
         config, tokens = self.config, x.reshape(-1, x.shape[-1])
-        logits = nn.Dense(config.num_local_experts, dtype=self.dtype, name="router")(tokens)
+        logits = Dense(config.num_local_experts, dtype=self.dtype, name="router")(tokens)
         # A softmax over the chosen alone is one over all, normalised.
         chosen, weights = softmax_top_k(logits, config.num_experts_per_tok, normalise=True)
         return GptOssExperts(config, self.dtype, name="experts")(tokens, chosen, weights).reshape(x.shape)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jpaged.models.config import LayerConfig, ModelConfig
+from jpaged.models.dense import Dense, feed_forward
 from jpaged.models.layout import PagedLayout, Tap
 from jpaged.models.rope import rotate
 from jpaged.models.sharding import HEADS, POOL, TENSOR, split
@@ -58,10 +59,10 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., E] -> [..., E]
         config, width = self.config, self.width or self.config.intermediate_size
-        gate = nn.Dense(width, config.mlp_bias, self.dtype, name="gate_proj")(x)
-        up = nn.Dense(width, config.mlp_bias, self.dtype, name="up_proj")(x)
-        hidden = ACTIVATIONS[config.hidden_act](gate) * up
-        return nn.Dense(config.hidden_size, config.mlp_bias, self.dtype, name="down_proj")(hidden)
+        gate = Dense(width, config.mlp_bias, self.dtype, name="gate_proj")
+        up = Dense(width, config.mlp_bias, self.dtype, name="up_proj")
+        down = Dense(config.hidden_size, config.mlp_bias, self.dtype, name="down_proj")
+        return feed_forward(x, [gate, up], lambda gate, up: ACTIVATIONS[config.hidden_act](gate) * up, down)
 
 
 class MLP(nn.Module):
@@ -74,9 +75,9 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., E] -> [..., E]
         config, (first, second) = self.config, self.names
-        hidden = nn.Dense(config.intermediate_size, config.mlp_bias, self.dtype, name=first)(x)
-        hidden = ACTIVATIONS[config.hidden_act](hidden)
-        return nn.Dense(config.hidden_size, config.mlp_bias, self.dtype, name=second)(hidden)
+        inner = Dense(config.intermediate_size, config.mlp_bias, self.dtype, name=first)
+        outer = Dense(config.hidden_size, config.mlp_bias, self.dtype, name=second)
+        return feed_forward(x, [inner], ACTIVATIONS[config.hidden_act], outer)
 
 
 class Attention(nn.Module):
@@ -112,7 +113,7 @@ class Attention(nn.Module):
             sinks=self.sinks(),
         )
         out = out.reshape(*x.shape[:-1], -1)
-        return nn.Dense(self.config.hidden_size, self.output_bias, self.dtype, name=self.output_name)(out), kv
+        return Dense(self.config.hidden_size, self.output_bias, self.dtype, name=self.output_name)(out), kv
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., E] -> q [..., Hq, D], k [..., Hkv, D], v [..., Hkv, D]."""
@@ -125,7 +126,7 @@ class Attention(nn.Module):
 
     def projection(self, name: str, heads: int) -> nn.Module:
         """A projection to so many heads."""
-        return nn.Dense(heads * self.config.head_dim, self.input_bias, self.dtype, name=name)
+        return Dense(heads * self.config.head_dim, self.input_bias, self.dtype, name=name)
 
     def split(self, x: jax.Array, heads: int) -> jax.Array:
         """[..., heads * D] -> [..., heads, D]."""

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jpaged.models.config import MoEConfig
+from jpaged.models.dense import Dense
 from jpaged.models.layers import ACTIVATIONS
 from jpaged.models.sharding import TENSOR, split_width
 from pallas_kernels.grouped_matmul import grouped_matmul
@@ -84,6 +85,6 @@ class SparseMLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:  # [..., E] -> [..., E]
         config, tokens = self.config, x.reshape(-1, x.shape[-1])
-        logits = nn.Dense(config.num_local_experts, use_bias=False, dtype=self.dtype, name="gate")(tokens)
+        logits = Dense(config.num_local_experts, use_bias=False, dtype=self.dtype, name="gate")(tokens)
         chosen, weights = softmax_top_k(logits, config.num_experts_per_tok, config.norm_topk_prob)
         return GatedExperts(config, self.dtype, name="experts")(tokens, chosen, weights).reshape(x.shape)

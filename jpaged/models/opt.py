@@ -8,6 +8,7 @@ import jax
 
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import OPTConfig
+from jpaged.models.dense import Dense, feed_forward
 from jpaged.models.layers import ACTIVATIONS, Angles, Attention, DecoderLayer
 from jpaged.models.layout import PagedLayout
 from pallas_kernels.paged_attention import KV
@@ -41,10 +42,9 @@ class OPTLayer(DecoderLayer):
 
     def mlp(self, x: jax.Array) -> jax.Array:
         config = self.config
-        hidden = nn.Dense(config.intermediate_size, config.mlp_bias, self.dtype, name="fc1")(x)
-        return nn.Dense(config.hidden_size, config.mlp_bias, self.dtype, name="fc2")(
-            ACTIVATIONS[config.hidden_act](hidden)
-        )
+        inner = Dense(config.intermediate_size, config.mlp_bias, self.dtype, name="fc1")
+        outer = Dense(config.hidden_size, config.mlp_bias, self.dtype, name="fc2")
+        return feed_forward(x, [inner], ACTIVATIONS[config.hidden_act], outer)
 
 
 class OPTForCausalLM(CausalLM):
@@ -59,8 +59,8 @@ class OPTForCausalLM(CausalLM):
         positions = config.max_position_embeddings + _FIRST_POSITION
         self.embed_positions = nn.Embed(positions, config.hidden_size, self.dtype)
         if config.projects_embeddings:
-            self.project_in = nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype)
-            self.project_out = nn.Dense(config.word_embed_proj_dim, use_bias=False, dtype=self.dtype)
+            self.project_in = Dense(config.hidden_size, use_bias=False, dtype=self.dtype)
+            self.project_out = Dense(config.word_embed_proj_dim, use_bias=False, dtype=self.dtype)
 
     @property
     def embedding_size(self) -> int:

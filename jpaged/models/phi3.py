@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jpaged.models.causal_lm import CausalLM
 from jpaged.models.config import ModelConfig
+from jpaged.models.dense import Dense
 from jpaged.models.layers import ACTIVATIONS, Attention
 from jpaged.models.llama import LlamaLayer
 
@@ -32,10 +33,10 @@ class Phi3MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
-        both = nn.Dense(2 * config.intermediate_size, use_bias=False, dtype=self.dtype, name="gate_up_proj")(x)
+        both = Dense(2 * config.intermediate_size, use_bias=False, dtype=self.dtype, name="gate_up_proj")(x)
         gate, up = jnp.split(both, 2, axis=-1)
         hidden = ACTIVATIONS[config.hidden_act](gate) * up
-        return nn.Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="down_proj")(hidden)
+        return Dense(config.hidden_size, use_bias=False, dtype=self.dtype, name="down_proj")(hidden)
 
 
 class Phi3Layer(LlamaLayer):

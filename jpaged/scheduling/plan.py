@@ -267,10 +267,10 @@ def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int) -> tuple[Buc
     """The default shapes: about a dozen, whatever the limits.
 
     Decode-only steps are the many ones, so their lane has fine sizes; steps with a prefill lane are dominated
-    by it, so two or three decode sizes and two tile counts are enough. Below 8 rows XLA:CPU takes as long as for 8.
+    by it, so two or three decode sizes and two tile counts are enough. Below 8 rows XLA:CPU takes as long as for 8, and
+    for 24 longer than for 32.
     """
-    sizes = (8, 16, 24, 32, 48) if max_num_seqs <= 64 else tuple(1 << i for i in range(3, 12))
-    fine = [n for n in sizes if n < max_num_seqs][-5:]
+    fine = [n for n in (1 << i for i in range(3, 12)) if n < max_num_seqs][-5:]
     mixed_rows = {min(8, max_num_seqs), max_num_seqs} | ({-(-max_num_seqs // 2)} if max_num_seqs > 32 else set())
     tile_counts = {-(-max_tiles // 4), max_tiles}
     mixed = {Bucket(rows, tiles) for rows in mixed_rows for tiles in tile_counts}

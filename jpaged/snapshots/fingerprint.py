@@ -1,14 +1,17 @@
 """Which model it is: a digest of its configuration and of a row of each of its arrays."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from jpaged.models.config import ModelConfig
+from jpaged.models.dense import kernel_path, turned
 
 _SAMPLE = 64
 
@@ -17,8 +20,10 @@ def fingerprint(config: ModelConfig, params: Any) -> str:
     """SHA-256 in hex. Another configuration, dtype or training gives another one; the weights are not read whole."""
     fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True, default=repr).encode())
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} {leaf.dtype}".encode())
-        row = leaf[tuple(size // 2 for size in leaf.shape[:-1])]  # of the last axis
-        digest.update(np.asarray(row[:_SAMPLE]).tobytes())
+    for path, leaf in sorted(flatten_dict(params).items(), key=lambda item: kernel_path(item[0])):
+        kernel = jax.eval_shape(functools.partial(turned, path), leaf)
+        digest.update(f"{'/'.join(kernel_path(path))} {kernel.shape} {kernel.dtype}".encode())
+        middle = tuple(size // 2 for size in kernel.shape[:-1])  # of all axes but the last: a row
+        row = leaf[:_SAMPLE, *middle] if path[-1] == "weight" else leaf[*middle, :_SAMPLE]
+        digest.update(np.asarray(row).tobytes())
     return digest.hexdigest()

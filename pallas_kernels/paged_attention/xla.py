@@ -57,8 +57,8 @@ def paged_decode_attention(
     return_lse: bool = False,
     split_tokens: int | None = None,
     shared: SharedPrefixes | None = None,
-    group_rows: int = 8,
-    chunk_blocks: int = 4,
+    group_rows: int = 16,
+    chunk_blocks: int = 8,
 ) -> Any:
     """See `api.paged_decode_attention`. There are no splits: chunks are the same in any batch."""
     del split_tokens
