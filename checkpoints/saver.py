@@ -18,6 +18,7 @@ from checkpoints.layouts import by_key, encode, stored_shapes
 from checkpoints.leaves import Leaf, check_tensors
 from checkpoints.orbax import save_tree
 from checkpoints.safetensors_writer import write_shards
+from checkpoints.spelling import kernel_path, turned
 from checkpoints.tables import leaves_of
 from jpaged.models.config import ModelConfig, config_from_hf
 
@@ -58,8 +59,6 @@ def save(
         UnsupportedCheckpointError: the format has no table for this family; the message lists those that it has.
         MissingWeightsError: `params` is not the tree of `config`.
     """
-    from jpaged.models.dense import kernel_path, turned  # imports JAX
-
     if format not in FORMATS:
         raise CheckpointError(f"format {format!r} is not one of {', '.join(FORMATS)}")
     model = config if isinstance(config, ModelConfig) else config_from_hf(config)

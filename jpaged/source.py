@@ -23,11 +23,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import checkpoints
 from checkpoints.leaves import check_tensors
+from checkpoints.spelling import kernel_path, respelled
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models import registry
 from jpaged.models.config import ModelConfig
-from jpaged.models.dense import kernel_path, respelled, spelled_like
+from jpaged.models.dense import spelled_like
 from jpaged.models.sharding import param_shardings, tensor_mesh
 from jpaged.progress import Progress
 

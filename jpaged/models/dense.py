@@ -18,11 +18,10 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import lax
 
+from checkpoints.spelling import Path, kernel_path, turned
+
 _FEW_ROWS = 64
 """Of logits: up to so many, a product with the embedding on its left is the faster one on CPU."""
-
-Path = tuple[str, ...]
-"""Where a leaf is in a parameter tree."""
 
 
 class Dense(nn.Dense):
@@ -79,21 +78,6 @@ def kernel(module: nn.Module, shape: tuple[int, int]) -> jax.Array:
     if module.has_variable("params", "weight"):
         return module.get_variable("params", "weight").T
     return module.param("kernel", nn.initializers.lecun_normal(), shape)
-
-
-def kernel_path(path: Path) -> Path:
-    """The path of a leaf in a tree without weights."""
-    return (*path[:-1], "kernel") if path[-1] == "weight" else path
-
-
-def respelled(path: Path) -> Path:
-    """Where the transpose of a kernel or a weight would be."""
-    return (*path[:-1], {"kernel": "weight", "weight": "kernel"}[path[-1]])
-
-
-def turned(path: Path, leaf: Any) -> Any:
-    """From what is at `path` to what would be at `kernel_path(path)`."""
-    return leaf.T if path[-1] == "weight" else leaf
 
 
 def with_kernels(params: Any) -> Any:

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict
 
+from checkpoints.spelling import kernel_path, turned
 from jpaged.models.config import ModelConfig
-from jpaged.models.dense import kernel_path, turned
 
 _SAMPLE = 64
 

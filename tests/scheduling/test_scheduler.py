@@ -318,7 +318,7 @@ def test_pack_pads_with_the_null_row():
 def test_a_step_runs_in_the_cheapest_bucket_that_holds_it():
     buckets = make_buckets(64, 16, 32)
     assert smallest_bucket(buckets, 1, 0, 1) == Bucket(1, 0)
-    assert smallest_bucket(buckets, 17, 0, 17) == Bucket(24, 0)
+    assert smallest_bucket(buckets, 17, 0, 17) == Bucket(32, 0)
     assert smallest_bucket(buckets, 0, 1, 1) == Bucket(8, 4)
     assert smallest_bucket(buckets, 9, 5, 14) == Bucket(32, 16)
     assert smallest_bucket(buckets, 2, 1, 40) == Bucket(64, 4), "many samples of one prompt are many results"

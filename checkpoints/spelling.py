@@ -1,0 +1,21 @@
+"""The two ways to hold a linear layer: `kernel` [in, out], or `weight` [out, in]. See `jpaged.models.dense`."""
+
+from typing import Any
+
+Path = tuple[str, ...]
+"""Where a leaf is in a parameter tree."""
+
+
+def kernel_path(path: Path) -> Path:
+    """The path of a leaf in a tree without weights."""
+    return (*path[:-1], "kernel") if path[-1] == "weight" else path
+
+
+def respelled(path: Path) -> Path:
+    """Where the transpose of a kernel or a weight would be."""
+    return (*path[:-1], {"kernel": "weight", "weight": "kernel"}[path[-1]])
+
+
+def turned(path: Path, leaf: Any) -> Any:
+    """From what is at `path` to what would be at `kernel_path(path)`."""
+    return leaf.T if path[-1] == "weight" else leaf
