@@ -57,7 +57,7 @@ def paged_decode_attention(
     return_lse: bool = False,
     split_tokens: int | None = None,
     shared: SharedPrefixes | None = None,
-    group_rows: int = 16,
+    group_rows: int = 8,
     chunk_blocks: int = 8,
 ) -> Any:
     """See `api.paged_decode_attention`. There are no splits: chunks are the same in any batch."""
