@@ -3,12 +3,17 @@
 from typing import Any
 
 Path = tuple[str, ...]
-"""Where a leaf is in a parameter tree."""
+"""Where a leaf is in a parameter tree: ("layers_0", "self_attn", "q_proj", "kernel")."""
 
 
 def kernel_path(path: Path) -> Path:
     """The path of a leaf in a tree without weights."""
     return (*path[:-1], "kernel") if path[-1] == "weight" else path
+
+
+def kernel_shape(path: Path, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of that leaf there, given the one that it has."""
+    return shape[::-1] if path[-1] == "weight" else shape
 
 
 def respelled(path: Path) -> Path:

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 import checkpoints
 from checkpoints.leaves import check_tensors
-from checkpoints.spelling import kernel_path, respelled
+from checkpoints.spelling import Path, kernel_path, kernel_shape, respelled
 from jpaged.config import EngineConfig
 from jpaged.errors import InvalidConfigError
 from jpaged.models import registry
@@ -62,15 +62,15 @@ def on_disk(config: EngineConfig) -> Source:
                 revision=config.revision,
                 tokenizer=config.tokenizer,
                 sharding=_sharding(config),
-                as_stored=_reads_weights_faster(config),
+                as_stored=_keeps_weights(config),
                 progress=progress.weights,
             )
 
     return Source(load=load)
 
 
-def _reads_weights_faster(config: EngineConfig) -> bool:
-    """Whether products with [out, in] are the faster ones, and rounding like the training forward pass is not asked."""
+def _keeps_weights(config: EngineConfig) -> bool:
+    """Whether products with [out, in] are the faster ones, and nobody asks for the bits of a training forward pass."""
     return jax.default_backend() == "cpu" and config.tensor_parallel_size == 1 and not config.batch_invariant
 
 
@@ -157,7 +157,7 @@ def _common_dtype(leaves: dict[tuple, Any]) -> jnp.dtype | None:
     return dtypes.pop() if len(dtypes) == 1 and dtypes <= {jnp.dtype("float32"), jnp.dtype("bfloat16")} else None
 
 
-def flatten(params: Any, to_linen: ToLinen | None = None) -> dict[tuple[str, ...], Any]:
+def flatten(params: Any, to_linen: ToLinen | None = None) -> dict[Path, Any]:
     """The leaves of what a caller calls parameters, by their path in the Linen tree.
 
     Raises:
@@ -190,7 +190,7 @@ def _without_nnx(tree: Any) -> Any:
     return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
 
 
-def fit(leaves: dict[tuple[str, ...], Any], like: Params) -> Params:
+def fit(leaves: dict[Path, Any], like: Params) -> Params:
     """The tree `like`, with other leaves: those that have the dtype and the place already as they are, the rest moved.
 
     Args:
@@ -206,10 +206,9 @@ def fit(leaves: dict[tuple[str, ...], Any], like: Params) -> Params:
     return unflatten_dict({path: _placed(found[path], leaf) for path, leaf in wanted.items()})
 
 
-def _shapes(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, tuple[int, ...]]:
+def _shapes(leaves: Mapping[Path, Any]) -> dict[str, tuple[int, ...]]:
     """By name, of the kernels where there are weights."""
-    shapes = {path: leaf.shape[::-1] if path[-1] == "weight" else leaf.shape for path, leaf in leaves.items()}
-    return {"/".join(kernel_path(path)): shape for path, shape in shapes.items()}
+    return {"/".join(kernel_path(path)): kernel_shape(path, leaf.shape) for path, leaf in leaves.items()}
 
 
 def _placed(leaf: Any, like: Any) -> jax.Array:

@@ -17,14 +17,12 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from checkpoints.spelling import Path
 from jpaged.errors import InvalidConfigError
 from jpaged.models.config import ModelConfig
 
 TENSOR = "tensor"
 """The mesh axis of tensor parallelism."""
-
-Path = tuple[str, ...]
-"""Where a leaf is in a Linen parameter tree: ("layers_0", "self_attn", "q_proj", "kernel")."""
 
 Rules = Mapping[str, str | None]
 

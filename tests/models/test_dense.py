@@ -12,6 +12,7 @@ from checkpoints.spelling import kernel_path
 from jpaged import LLM, SamplingParams
 from jpaged.models import registry
 from jpaged.models.dense import Dense, feed_forward, unembed, with_kernels
+from jpaged.snapshots import fingerprint
 from tests.engine.support import GOLDENS
 
 MODELS = GOLDENS / "models"
@@ -62,6 +63,7 @@ def test_every_family_reads_its_weights_as_its_files_hold_them(name):
     assert {kernel_path(path) for path in theirs} == set(ours)
     for path, leaf in flatten_dict(with_kernels(stored.params)).items():
         np.testing.assert_array_equal(leaf, ours[path])
+    assert fingerprint(stored.config, stored.params) == fingerprint(plain.config, plain.params)
     module, tokens = registry.build(plain.config, jnp.dtype("float32")), jnp.arange(12)[None] % 90
     forward = jax.jit(lambda params: module.apply({"params": params}, tokens, method="forward_logits"))
     np.testing.assert_allclose(forward(stored.params), forward(plain.params), rtol=1e-4, atol=1e-4)
