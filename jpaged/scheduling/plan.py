@@ -26,7 +26,7 @@ import numpy as np
 
 from jpaged.memory import Swapped
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
-from jpaged.scheduling.sharing import MEMBERS, Piece
+from jpaged.scheduling.sharing import Piece
 from jpaged.scheduling.speculation import Guesses, lanes
 from jpaged.sequence import Sequence, SequenceGroup
 
@@ -39,6 +39,8 @@ class Bucket(NamedTuple):
 
     decode_rows: int
     prefill_tiles: int
+    piece_members: int = 8
+    """Rows of the decode lane whose shared blocks are read together, at most."""
 
     def packed_size(self, groups: int) -> int:
         """Of a plan, for so many layer groups."""
@@ -46,8 +48,8 @@ class Bucket(NamedTuple):
 
     @property
     def num_pieces(self) -> int:
-        """Pieces of the decode lane whose shared blocks are read together, at most."""
-        return self.decode_rows // 4
+        """Such pieces, at most."""
+        return self.decode_rows // (self.piece_members // 2)
 
     @property
     def num_results(self) -> int:
@@ -233,7 +235,7 @@ def _ends(bucket: Bucket, groups: int) -> tuple[int, ...]:
         2 * bucket.num_results,
         2 * groups * bucket.num_results,
         1,
-        bucket.num_pieces * (MEMBERS + 1),
+        bucket.num_pieces * (bucket.piece_members + 1),
     )
     return tuple(itertools.accumulate(sizes))
 
@@ -251,7 +253,7 @@ def split_packed(packed, bucket: Bucket, groups: int):
         packed[b:c].reshape(2, -1),
         packed[c:d].reshape(2, -1),
         packed[d:e],
-        packed[e:f].reshape(bucket.num_pieces, MEMBERS + 1),
+        packed[e:f].reshape(bucket.num_pieces, bucket.piece_members + 1),
     )
 
 
@@ -263,7 +265,7 @@ def smallest_bucket(buckets: tuple[Bucket, ...], decode_rows: int, tiles: int, r
     raise ValueError(f"no bucket holds {decode_rows} rows, {tiles} tiles and {results} results")
 
 
-def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int) -> tuple[Bucket, ...]:
+def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int, piece_members: int = 8) -> tuple[Bucket, ...]:
     """The default shapes: about a dozen, whatever the limits.
 
     Decode-only steps are the many ones, so their lane has fine sizes; steps with a prefill lane are dominated
@@ -273,6 +275,6 @@ def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int) -> tuple[Buc
     fine = [n for n in (1 << i for i in range(3, 12)) if n < max_num_seqs][-5:]
     mixed_rows = {min(8, max_num_seqs), max_num_seqs} | ({-(-max_num_seqs // 2)} if max_num_seqs > 32 else set())
     tile_counts = {-(-max_tiles // 4), max_tiles}
-    mixed = {Bucket(rows, tiles) for rows in mixed_rows for tiles in tile_counts}
-    buckets = {Bucket(rows, 0) for rows in (1, *fine, max_num_seqs)} | mixed
+    mixed = {Bucket(rows, tiles, piece_members) for rows in mixed_rows for tiles in tile_counts}
+    buckets = {Bucket(rows, 0, piece_members) for rows in (1, *fine, max_num_seqs)} | mixed
     return tuple(sorted(buckets, key=lambda b: (b.decode_rows + b.prefill_tiles * tile_size, b)))

@@ -77,7 +77,7 @@ class Scheduler:
         self.swap_space = SwapSpace(blocks, swap_blocks)
         self.preemption = Preemption(blocks, self.batch, self.roster, self._admission, self.swap_space, preemption_mode)
         self._edits = Edits()  # decided by the last commit
-        self.sharing = SharingFinder(blocks)
+        self.sharing = SharingFinder(blocks, buckets[0].piece_members)
         self.speculator = speculator
         most = max(b.decode_rows for b in buckets)
         self._speculation = None if speculator is None else Speculation(blocks, self.batch, speculator, most)

@@ -16,9 +16,6 @@ import numpy as np
 
 from jpaged.memory import BlockManager
 
-MEMBERS = 8
-"""Rows that are read together at most: with three query heads for one of keys, 24 queries a product."""
-MIN_MEMBERS = 4
 MIN_SAVED_TOKENS = 512
 """A piece costs a few products and moves of its own: what is read less must be worth them."""
 
@@ -31,13 +28,15 @@ class Piece(NamedTuple):
 
 
 class SharingFinder:
-    """Finds the pieces of each step; nothing is looked for again until rows or tables have changed."""
+    """Finds the pieces of each step; nothing is looked for again until rows or tables have changed.
 
-    def __init__(
-        self, blocks: BlockManager, *, min_members: int = MIN_MEMBERS, min_saved_tokens: int = MIN_SAVED_TOKENS
-    ) -> None:
-        self._blocks = blocks
-        self._min_members, self._min_saved_tokens = min_members, min_saved_tokens
+    Args:
+      members: rows of a piece at most. It has half as many at least, or its padding would cost what it saves.
+      min_saved_tokens: of reading, by a piece.
+    """
+
+    def __init__(self, blocks: BlockManager, members: int, *, min_saved_tokens: int = MIN_SAVED_TOKENS) -> None:
+        self._blocks, self._members, self._min_saved_tokens = blocks, members, min_saved_tokens
         self._known: tuple[int, bytes] = (-1, b"")
         self._pieces: list[Piece] = []
 
@@ -49,21 +48,21 @@ class SharingFinder:
         return self._pieces
 
     def _find(self, rows: np.ndarray, positions: np.ndarray) -> list[Piece]:
-        blocks = self._blocks
+        blocks, least = self._blocks, self._members // 2
         full = positions // blocks.block_size  # blocks before the one that is written
         readers = blocks.allocator.refs[blocks.tables[rows, 0]]
         if len(rows):
             readers = readers * np.bincount(rows)[rows]  # a row with guesses has several lanes
         lanes = np.flatnonzero((readers > 1) & (full > 0) & (blocks.firsts[rows, 0] == 0))
-        if len(lanes) < self._min_members:
+        if len(lanes) < least:
             return []
         tables = blocks.by_group[rows[lanes], : full[lanes].max(), 0]
         pieces: list[Piece] = []
         for group, common in _split(tables, full[lanes], np.arange(len(lanes)))[1]:
-            for start in range(0, len(group), MEMBERS):
-                members = lanes[group[start : start + MEMBERS]].tolist()
+            for start in range(0, len(group), self._members):
+                members = lanes[group[start : start + self._members]].tolist()
                 saved = (len(members) - 1) * common * blocks.block_size
-                if len(members) >= self._min_members and saved >= self._min_saved_tokens:
+                if len(members) >= least and saved >= self._min_saved_tokens:
                     pieces.append(Piece(members, common))
         return sorted(pieces, key=lambda piece: -(len(piece.members) - 1) * piece.num_blocks)
 

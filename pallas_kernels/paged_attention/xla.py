@@ -1,8 +1,8 @@
 """Paged attention in plain XLA: the CPU path, and the fallback everywhere else.
 
-Cost follows the real lengths: rows are sorted by length and taken in groups, and each group loops over chunks of the
-block table only as far as its own longest row, with an online softmax (arXiv 1805.02867). One chunk of one KV head is
-gathered as `chunk_blocks` contiguous runs, so that what arrives is already the matrix that is multiplied.
+Cost follows the real lengths: rows are sorted by how much they have to read and taken in groups, and each group loops
+over chunks of its rows' block tables only as often as the longest needs, with an online softmax (arXiv 1805.02867). One
+chunk of one KV head is gathered as contiguous runs, so that what arrives is already the matrix that is multiplied.
 
 The optimization barriers keep XLA:CPU from fusing the gather into a transpose (a memcpy per block would become a loop
 over elements) and the exponential into a broadcast (which then is not vectorised).
@@ -18,6 +18,11 @@ from jax import lax
 from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
 from pallas_kernels.paged_attention.shared import SharedPrefixes
+
+GATHERED_BLOCKS = 64
+"""Of all rows that are read together: their keys and values must stay in the second-level cache."""
+CHUNK_BLOCKS = 8
+"""Of a row, unless more than 8 rows are read together."""
 
 
 class Seen(NamedTuple):
@@ -57,10 +62,8 @@ def paged_decode_attention(
     return_lse: bool = False,
     split_tokens: int | None = None,
     shared: SharedPrefixes | None = None,
-    group_rows: int = 8,
-    chunk_blocks: int = 8,
 ) -> Any:
-    """See `api.paged_decode_attention`. There are no splits: chunks are the same in any batch."""
+    """See `api.paged_decode_attention`. There are no splits; how long chunks are depends on the number of rows."""
     del split_tokens
     rows, heads, size = q.shape
     kv_heads = pool_values(kv).shape[2]
@@ -69,8 +72,8 @@ def paged_decode_attention(
     begin = _begin(end, sliding_window)
     seen = _nothing_seen(q, None if sinks is None else sinks.reshape(kv_heads, -1))
     if shared is not None:
-        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks)
-    out, lse = _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks)
+        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap)
+    out, lse = _attend(q, kv, tables, begin, end, seen, logit_soft_cap, 16 if rows >= 16 else 8)
     out = out.reshape(rows, heads, size).astype(q.dtype)
     return (out, lse.reshape(rows, heads)) if return_lse else out
 
@@ -87,7 +90,6 @@ def paged_prefill_attention(
     logit_soft_cap: float | None = None,
     sinks: jax.Array | None = None,
     return_lse: bool = False,
-    chunk_blocks: int = 8,
 ) -> Any:
     """See `api.paged_prefill_attention`. A tile's queries of one KV head are stacked: [Hq / Hkv * C, D] a product."""
     tiles, c, heads, size = q.shape
@@ -106,7 +108,6 @@ def paged_prefill_attention(
         _nothing_seen(stacked, None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), c, axis=1)),
         logit_soft_cap,
         max(1, 128 // c),
-        chunk_blocks,
     )  # tiles together until products are worth two threads
     out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
     out = out.reshape(tiles, c, heads, size).astype(q.dtype)
@@ -127,7 +128,7 @@ def _nothing_seen(q: jax.Array, sinks: jax.Array | None) -> Seen:
     return Seen(jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape), jnp.zeros(q.shape))
 
 
-def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blocks) -> tuple[Seen, jax.Array]:
+def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap) -> tuple[Seen, jax.Array]:
     """Reads what rows share, once for all of them: their queries are stacked as if they were one row's.
 
     Returns: what the rows have seen, and where the rest of each begins ([R, 1]).
@@ -136,7 +137,6 @@ def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blo
     members = shared.rows.shape[1]
     # Padding reads and writes a row beyond the last.
     q, begin, seen = jax.tree.map(lambda x: jnp.pad(x, ((0, 1),) + ((0, 0),) * (x.ndim - 1)), (q, begin, seen))
-    tables = _whole_chunks(tables, chunk_blocks)
 
     def stack(x):  # [S, Hkv, M, ...] -> [1, Hkv, S * M, ...]
         return jnp.swapaxes(x, 0, 1).reshape(1, kv_heads, members * m, *x.shape[3:])
@@ -151,7 +151,7 @@ def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blo
         piece = _online_softmax(
             kv,
             logit_soft_cap,
-            chunk_blocks,
+            CHUNK_BLOCKS,
             stack(q[mine]),
             tables[mine[:1]],
             jnp.repeat(begin[mine, 0], m)[None],
@@ -166,16 +166,17 @@ def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap, chunk_blo
     return jax.tree.map(lambda x: x[:rows], seen), begin[:rows]
 
 
-def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_blocks) -> tuple[jax.Array, jax.Array]:
+def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows) -> tuple[jax.Array, jax.Array]:
     """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row, and what `seen` has.
 
     Returns: float32 like q, and the log of the sum of exponentials [R, Hkv, M].
     """
     rows = len(tables)
     taken = min(group_rows, rows)
+    chunk_blocks = max(1, min(CHUNK_BLOCKS, GATHERED_BLOCKS // taken))
     pad = -rows % taken
-    order = jnp.argsort(-jnp.pad(end.max(-1), (0, pad), constant_values=-1))  # longest first; made-up rows last
-    tables = _whole_chunks(tables, chunk_blocks)
+    left = jnp.pad(end.max(-1) - jnp.where(end > 0, begin, end).min(-1), (0, pad), constant_values=-1)
+    order = jnp.argsort(-left)  # those with most to read first; made-up rows last
 
     def in_groups(x):
         return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, taken, *x.shape[1:])
@@ -188,12 +189,11 @@ def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows, chunk_b
     return out / total[..., None], jnp.where(end[:, None] > 0, high + jnp.log(total), -jnp.inf)
 
 
-def _whole_chunks(tables: jax.Array, chunk_blocks: int) -> jax.Array:
-    return jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % chunk_blocks)))
-
-
 def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end, seen: Seen) -> Seen:
-    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1]."""
+    """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1].
+
+    A row starts at the first chunk that it sees. Chunks are counted from position 0, so that sums do not depend on it.
+    """
     n, kv_heads, m, size = q.shape
     values, scales = kv if isinstance(kv, QuantizedKV) else (kv, None)
     parts, block_size = values.shape[1], values.shape[3]
@@ -201,6 +201,11 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
     runs = values.reshape(-1, block_size * size)  # row (parts * block + is_value) * Hkv + head
     heads = jnp.arange(kv_heads)[:, None]
     q = q.reshape(n * kv_heads, m, size)
+    last = end.max(-1)  # [n]
+    first = jnp.minimum(jnp.where(end > 0, begin, last[:, None]).min(-1), last) // span
+    count = (-(-last // span) - first).max()
+    ahead = jnp.arange(tables.shape[1] + -tables.shape[1] % chunk_blocks)
+    tables = jnp.take_along_axis(tables, first[:, None] * chunk_blocks + ahead, axis=1, mode="clip")
     begin, end = begin[:, None, :, None], end[:, None, :, None]  # [n, 1, M or 1, 1]
 
     def gather(index):  # [n, Hkv, chunk_blocks] -> [n * Hkv, span, D]
@@ -212,15 +217,15 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
         return run * factors.reshape(n * kv_heads, span, 1).astype(q.dtype)
 
     def body(carry):
-        chunk, high, total, out = carry
-        blocks = lax.dynamic_slice_in_dim(tables, chunk * chunk_blocks, chunk_blocks, axis=1)[:, None]
+        i, high, total, out = carry
+        blocks = lax.dynamic_slice_in_dim(tables, i * chunk_blocks, chunk_blocks, axis=1)[:, None]
         index = parts * kv_heads * blocks + heads
         keys = gather(index)
         scores = jnp.einsum("xmd,xkd->xmk", q, keys, preferred_element_type=jnp.float32)
         scores = scores.reshape(n, kv_heads, m, span)
         if logit_soft_cap is not None:
             scores = jnp.tanh(scores / logit_soft_cap) * logit_soft_cap
-        position = chunk * span + jnp.arange(span)
+        position = ((first + i)[:, None] * span + jnp.arange(span))[:, None, None]  # [n, 1, 1, span]
         unseen = lax.optimization_barrier(jnp.where((position < end) & (position >= begin), 0.0, -jnp.inf))
         scores = lax.optimization_barrier(scores + unseen)
         higher = lax.optimization_barrier(jnp.maximum(high, scores.max(-1)))  # finite, as the first one is
@@ -233,9 +238,7 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
             preferred_element_type=jnp.float32,
         )
         out = out * shrink[..., None] + new.reshape(out.shape)
-        return chunk + 1, higher, total * shrink + weights.sum(-1), out
+        return i + 1, higher, total * shrink + weights.sum(-1), out
 
-    last = end.max()
-    first = jnp.minimum(jnp.where(end > 0, begin, last).min(), last) // span  # a window skips what nobody sees
-    _, *after = lax.while_loop(lambda carry: carry[0] * span < last, body, (first, *seen))
+    _, *after = lax.while_loop(lambda carry: carry[0] < count, body, (0, *seen))
     return Seen(*after)

@@ -269,7 +269,7 @@ class NullEngine:
             preemption_mode=preemption_mode,
             speculator=NgramSpeculator(guesses, longest=2, shortest=1) if guesses else None,
         )
-        self.scheduler.sharing = SharingFinder(self.blocks, min_members=2, min_saved_tokens=1)
+        self.scheduler.sharing = SharingFinder(self.blocks, members=4, min_saved_tokens=1)
         self.max_len, self.budget, self.checked, self._timed = max_len, budget, checked, timed
         self.prefixes = Prefixes()
         self.device = Device(

@@ -7,7 +7,7 @@ from jpaged.errors import InvalidRequestError
 from jpaged.sampling_params import SamplingParams
 from jpaged.scheduling import Bucket, StepPlan, Tile, Variant
 from jpaged.scheduling.plan import Edits, make_buckets, sampling_variant, smallest_bucket
-from jpaged.scheduling.sharing import MEMBERS, Piece
+from jpaged.scheduling.sharing import Piece
 from jpaged.sequence import FinishReason, Status
 from tests.scheduling.support import engine, prompt
 
@@ -310,7 +310,7 @@ def test_pack_pads_with_the_null_row():
         *(8, 0, 0, 0, 0, 0),
         *(9, 0, 0, 0, 0, 0),
         1,  # copies: sources, destinations, and how many they are
-        *(1, 0, *[-1] * (MEMBERS - 2), 2),  # a shared piece: members, blocks
+        *(1, 0, *[-1] * 6, 2),  # a shared piece: members, blocks
     ]
     assert plan.num_tokens == 19
 

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 
 from jpaged.memory import BlockManager
-from jpaged.scheduling.sharing import MEMBERS, SharingFinder, _split
+from jpaged.scheduling.sharing import SharingFinder, _split
 
 
 def partitions(items):
@@ -63,17 +63,19 @@ def test_equal_rows_are_together_where_most_is_saved(tree):
 
 def test_pieces_are_found_again_only_after_rows_or_tables_have_changed():
     blocks = BlockManager(60, 4, 12, 8)
-    finder = SharingFinder(blocks, min_members=2, min_saved_tokens=1)
+    finder = SharingFinder(blocks, members=4, min_saved_tokens=1)
     blocks.try_open([0], [list(range(17))])
     for row in range(1, 10):
         blocks.fork(0, row)
     blocks.try_open([10], [list(range(100, 110))])
     rows, positions = np.arange(11, dtype=np.int32), np.full(11, 16, np.int32)
     pieces = finder.find(rows, positions)
-    assert [(p.members, p.num_blocks) for p in pieces] == [(list(range(MEMBERS)), 4), ([8, 9], 4)]
+    assert [(p.members, p.num_blocks) for p in pieces] == [([0, 1, 2, 3], 4), ([4, 5, 6, 7], 4), ([8, 9], 4)]
     assert finder.find(rows, positions + 1) is pieces
     blocks.close(9)
-    assert [p.members for p in finder.find(rows[:9], positions[:9])] == [list(range(MEMBERS))]
+    assert [p.members for p in finder.find(rows[:9], positions[:9])] == [[0, 1, 2, 3], [4, 5, 6, 7]], (
+        "one row alone is no piece"
+    )
     assert finder.find(rows[1:3], positions[1:3])[0].members == [0, 1], "places in the lane, not rows"
 
 
@@ -83,7 +85,7 @@ def test_what_is_not_worth_a_piece_is_read_by_each():
     for row in (1, 2, 3):
         blocks.fork(0, row)
     rows, positions = np.arange(4, dtype=np.int32), np.full(4, 16, np.int32)
-    assert len(SharingFinder(blocks, min_members=4, min_saved_tokens=48).find(rows, positions)) == 1
-    assert SharingFinder(blocks, min_members=4, min_saved_tokens=49).find(rows, positions) == []
-    assert SharingFinder(blocks, min_members=5, min_saved_tokens=1).find(rows, positions) == []
-    assert SharingFinder(blocks, min_members=2, min_saved_tokens=1).find(rows, positions % 4) == [], "no full block yet"
+    assert len(SharingFinder(blocks, members=8, min_saved_tokens=48).find(rows, positions)) == 1
+    assert SharingFinder(blocks, members=8, min_saved_tokens=49).find(rows, positions) == []
+    assert SharingFinder(blocks, members=10, min_saved_tokens=1).find(rows, positions) == [], "four are not half of ten"
+    assert SharingFinder(blocks, members=4, min_saved_tokens=1).find(rows, positions % 4) == [], "no full block yet"
