@@ -26,6 +26,7 @@ from benchmarks.gpu.report import table
 from benchmarks.gpu.targets import TARGETS, Target
 from pallas_kernels.paged_attention import QuantizedKV, pool_values
 from pallas_kernels.paged_attention.mosaic_softmax import ROWS, TILE_TOKENS
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.tiles import Tiles, decode_tiles, prefill_tiles
 from pallas_kernels.paged_attention.triton_softmax import Shape, shape_of
 
@@ -64,7 +65,7 @@ def loops(heads: int, kv_heads: int, size: int, q: jax.ShapeDtypeStruct, kv: Any
     values = pool_values(kv)
     token = 2 * (size * values.dtype.itemsize + (4 if isinstance(kv, QuantizedKV) else 0))
     decode, prefill = decode_tiles(size, q.dtype.itemsize), prefill_tiles(size, q.dtype.itemsize, capability)
-    options = {"scale": 1.0, "window": None, "cap": None}
+    options = Options(scale=1.0)
     kinds: list[tuple[str, Tiles, int]] = [
         ("paged_decode", decode, 1),
         ("paged_decode_shared", decode, MEMBERS),

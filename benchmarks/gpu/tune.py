@@ -22,6 +22,7 @@ from benchmarks.gpu.part import Recorder
 from benchmarks.gpu.timing import seconds
 from pallas_kernels.dispatch import current_device
 from pallas_kernels.paged_attention import triton, tuned
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.tiles import Tiles
 
 Time = Callable[[Tiles], float]
@@ -87,17 +88,18 @@ def _kernel(operation: str, heads: tuple[int, int], size: int, dry: bool) -> Tim
     kv = noise_pool((rows * width + 32) * BLOCK_SIZE * 4 * heads[1] * size, heads[1], size, jnp.bfloat16)
     tables = scattered_tables(rows, context, kv.shape[0], 1)[0]
     lengths = np.full(rows, context, np.int32)
-    interpret, options = jax.default_backend() != "gpu", {"scale": size**-0.5}
+    interpret, options = jax.default_backend() != "gpu", Options(size**-0.5)
     if operation == "decode":
         q = jax.random.normal(jax.random.key(1), (rows, heads[0], size), jnp.bfloat16)
-        arguments, attend = (kv, tables, lengths), triton.paged_decode_attention
+        arguments, absent, attend = (kv, tables, lengths), (None, None), triton.paged_decode_attention
     else:
         q = jax.random.normal(jax.random.key(1), (rows, queries, heads[0], size), jnp.bfloat16)
         starts, counts = lengths - queries, np.full(rows, queries, np.int32)
-        arguments, attend = (kv, tables, starts, counts), triton.paged_prefill_attention  # type: ignore[assignment]
+        arguments, absent, attend = (kv, tables, starts, counts), (None,), triton.paged_prefill_attention  # type: ignore[assignment]
 
     def time(tiles: Tiles) -> float:
-        call = jax.jit(functools.partial(attend, tiles=tiles, interpret=interpret, **options))
+        run = functools.partial(attend, tiles=tiles, interpret=interpret)
+        call = jax.jit(lambda *arrays: run(*arrays, *absent, options))
         return seconds(lambda q: call(q, *arguments), q)[0]
 
     return time

@@ -13,7 +13,6 @@ Implementations: "xla" runs everywhere; "triton" on NVIDIA GPUs from capability 
 the shape, and else "xla"; `implementation=` or the environment's JPAGED_KERNELS choose another.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
@@ -85,15 +85,9 @@ def paged_decode_attention(
       dispatch.Unsupported: a ValueError; it does not support these arguments, or needs a package that is not installed.
       NotImplementedError: when differentiated.
     """
-    attend = functools.partial(
-        dispatch.implementation(__package__, "paged_decode_attention", implementation, q, kv),
-        scale=scale,
-        sliding_window=sliding_window,
-        logit_soft_cap=logit_soft_cap,
-        return_lse=return_lse,
-        split_tokens=split_tokens,
-    )
-    return _not_differentiable(attend)(q, kv, block_tables, lengths, {"sinks": sinks, "shared": shared})
+    attend = dispatch.implementation(__package__, "paged_decode_attention", implementation, q, kv)
+    options = Options(scale, sliding_window, logit_soft_cap, return_lse, split_tokens)
+    return _not_differentiable(attend, options)(q, kv, block_tables, lengths, sinks, shared)
 
 
 def paged_prefill_attention(
@@ -123,22 +117,17 @@ def paged_prefill_attention(
 
     Raises: as `paged_decode_attention`.
     """
-    attend = functools.partial(
-        dispatch.implementation(__package__, "paged_prefill_attention", implementation, q, kv),
-        scale=scale,
-        sliding_window=sliding_window,
-        logit_soft_cap=logit_soft_cap,
-        return_lse=return_lse,
-    )
-    return _not_differentiable(attend)(q, kv, block_tables, starts, lengths, {"sinks": sinks})
+    attend = dispatch.implementation(__package__, "paged_prefill_attention", implementation, q, kv)
+    options = Options(scale, sliding_window, logit_soft_cap, return_lse)
+    return _not_differentiable(attend, options)(q, kv, block_tables, starts, lengths, sinks)
 
 
-def _not_differentiable(attend: Callable) -> Callable:
+def _not_differentiable(attend: Callable, options: Options) -> Callable:
     def no_derivative(primals, tangents):
         raise NotImplementedError(
             "paged attention has no derivative: train with the model's forward pass without a pool"
         )
 
-    guarded = jax.custom_jvp(lambda *arguments: attend(*arguments[:-1], **arguments[-1]))
+    guarded = jax.custom_jvp(lambda *arguments: attend(*arguments, options))
     guarded.defjvp(no_derivative)
     return guarded

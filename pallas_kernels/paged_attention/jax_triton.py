@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Device
 from pallas_kernels.paged_attention.merge import merge_items
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.splits import most_items, num_items, plan_splits
@@ -37,14 +38,10 @@ def paged_decode_attention(
     kv: KV,
     tables: jax.Array,
     lengths: jax.Array,
+    sinks: jax.Array | None,
+    shared: SharedPrefixes | None,
+    options: Options,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
-    split_tokens: int | None = None,
-    shared: SharedPrefixes | None = None,
     interpret: bool = False,
 ) -> Any:
     """See `api.paged_decode_attention`.
@@ -60,21 +57,21 @@ def paged_decode_attention(
     kv_heads, block_size = values.shape[2:4]
     tiles = tiles_for("decode", size, q.dtype.itemsize)
     lengths = lengths.astype(jnp.int32)
-    begins = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    begins = jnp.zeros_like(lengths) if options.window is None else jnp.maximum(lengths - options.window, 0)
     cut: dict[str, Any] = {
         "width_tiles": -(-tables.shape[1] * block_size // tiles.tokens),
         "programs": -(-tiles.programs // kv_heads),
         "fewest": -(-FEWEST_TOKENS // tiles.tokens),
-        "fixed": None if split_tokens is None else -(-split_tokens // tiles.tokens),
+        "fixed": None if options.split_tokens is None else -(-options.split_tokens // tiles.tokens),
     }
     splits = plan_splits(begins, lengths, tile=tiles.tokens, **cut)
     scales = kv.scales if isinstance(kv, QuantizedKV) else None
     sums, high, total = attend_items(
         (q, values, scales, tables, begins, lengths, splits.items),
         (num_items(rows, **cut), kv_heads, heads // kv_heads, size),
-        {"block_size": block_size, "scale": scale, "cap": logit_soft_cap},
+        {"block_size": block_size, "scale": options.scale, "cap": options.cap},
         tiles,
         interpret,
     )
     out, lse = merge_items(sums, high, total, splits, most_items(**cut), lengths, sinks)
-    return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+    return (out.astype(q.dtype), lse) if options.return_lse else out.astype(q.dtype)

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.merge import LOWEST, merge_items
 from pallas_kernels.paged_attention.mosaic_softmax import ROWS, TILE_TOKENS, iota, nothing_seen, swizzled
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.softcap import soft_capped
 from pallas_kernels.paged_attention.splits import most_items, num_items, plan_splits
@@ -92,14 +93,10 @@ def paged_decode_attention(
     kv: jax.Array,
     tables: jax.Array,
     lengths: jax.Array,
+    sinks: jax.Array | None,
+    shared: SharedPrefixes | None,
+    options: Options,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
-    split_tokens: int | None = None,
-    shared: SharedPrefixes | None = None,
     interpret: bool = False,
 ) -> Any:
     """See `api.paged_decode_attention`. What rows share is read by each of them."""
@@ -107,13 +104,13 @@ def paged_decode_attention(
     (rows, heads, size), (_, _, kv_heads, block_size, _) = q.shape, kv.shape
     group, f32 = heads // kv_heads, jnp.float32
     lengths = lengths.astype(jnp.int32)
-    begins = jnp.zeros_like(lengths) if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    begins = jnp.zeros_like(lengths) if options.window is None else jnp.maximum(lengths - options.window, 0)
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % (TILE_TOKENS // block_size))))
     cut: dict[str, Any] = {
         "width_tiles": tables.shape[1] * block_size // TILE_TOKENS,
         "programs": pl.cdiv(PROGRAMS, kv_heads),
         "fewest": FEWEST_TOKENS // TILE_TOKENS,
-        "fixed": None if split_tokens is None else pl.cdiv(split_tokens, TILE_TOKENS),
+        "fixed": None if options.split_tokens is None else pl.cdiv(options.split_tokens, TILE_TOKENS),
     }
     splits, count = plan_splits(begins, lengths, tile=TILE_TOKENS, **cut), num_items(rows, **cut)
     stacked = jnp.pad(q.reshape(rows, kv_heads, group, size), ((0, 0), (0, 0), (0, ROWS - group), (0, 0)))
@@ -121,7 +118,7 @@ def paged_decode_attention(
     tile = functools.partial(swizzled, dtype=q.dtype)
     arrivals = TILE_TOKENS // block_size
     sums, high, total = plgpu.kernel(
-        functools.partial(_kernel, scale=scale, cap=logit_soft_cap),
+        functools.partial(_kernel, scale=options.scale, cap=options.cap),
         out_type=[
             jax.ShapeDtypeStruct((count, kv_heads, kept, size), f32),
             jax.ShapeDtypeStruct((count, kv_heads, ROWS), f32),
@@ -146,4 +143,4 @@ def paged_decode_attention(
     out, lse = merge_items(
         sums[:, :, :group], high[..., :group], total[..., :group], splits, most_items(**cut), lengths, sinks
     )
-    return (out.astype(q.dtype), lse) if return_lse else out.astype(q.dtype)
+    return (out.astype(q.dtype), lse) if options.return_lse else out.astype(q.dtype)

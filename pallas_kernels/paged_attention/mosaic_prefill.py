@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.paged_attention.merge import LOWEST
 from pallas_kernels.paged_attention.mosaic_softmax import ROWS, TILE_TOKENS, iota, nothing_seen, swizzled
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.softcap import LOG2_E, soft_capped
 
 GROUPS = 2
@@ -24,7 +25,7 @@ STAGES = 3  # tiles of keys and values in shared memory: 32 KB each at a head si
 COMPUTE_REGISTERS, FETCH_REGISTERS = 232, 40  # of a thread; 65,536 in all
 
 
-class _Options(NamedTuple):
+class _Shape(NamedTuple):
     group: int  # query heads of a KV head
     queries: int  # of a tile, padding included
     parts: int  # programs of a tile
@@ -34,26 +35,26 @@ class _Options(NamedTuple):
     interpret: bool
 
 
-def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, options: _Options):
+def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, shape: _Shape):
     *memory, k_here, v_here, free = scratch
-    tile, part = lax.div(lax.axis_index("part"), options.parts), lax.rem(lax.axis_index("part"), options.parts)
+    tile, part = lax.div(lax.axis_index("part"), shape.parts), lax.rem(lax.axis_index("part"), shape.parts)
     head, warp_group = lax.axis_index("head"), lax.axis_index("warp_group")
     start, length = starts[tile], lengths[tile]
     first_row = part * GROUPS * ROWS
-    first_query = lax.div(first_row, options.group)
-    last_query = jnp.minimum(lax.div(first_row + GROUPS * ROWS - 1, options.group), length - 1)
+    first_query = lax.div(first_row, shape.group)
+    last_query = jnp.minimum(lax.div(first_row + GROUPS * ROWS - 1, shape.group), length - 1)
     seen_by_all = start + first_query + 1
     stop = jnp.where(last_query < first_query, 0, lax.div(start + last_query + TILE_TOKENS, TILE_TOKENS))
-    begin = 0 if options.window is None else lax.div(jnp.maximum(seen_by_all - options.window, 0), TILE_TOKENS)
+    begin = 0 if shape.window is None else lax.div(jnp.maximum(seen_by_all - shape.window, 0), TILE_TOKENS)
 
     @pl.when(warp_group < GROUPS)
     def compute():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
         row = first_row + warp_group * ROWS
         at = (tile, head, pl.ds(pl.multiple_of(row, ROWS), ROWS))
-        masked_from = begin if options.window is not None else lax.div(seen_by_all, TILE_TOKENS)
+        masked_from = begin if shape.window is not None else lax.div(seen_by_all, TILE_TOKENS)
         span = jnp.minimum(begin, stop), jnp.minimum(masked_from, stop), stop
-        _attend(q.at[at], out.at[at], lse.at[at], row, start, span, memory, (k_here, v_here, free), options)
+        _attend(q.at[at], out.at[at], lse.at[at], row, start, span, memory, (k_here, v_here, free), shape)
 
     @pl.when(warp_group == GROUPS)
     def fetch():
@@ -82,7 +83,7 @@ def _kernel(q, kv, tables, starts, lengths, out, lse, *scratch, options: _Option
         lax.fori_loop(jnp.maximum(stop - begin - STAGES, 0), stop - begin, wait_for_the_last, None)
 
 
-def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Options) -> None:
+def _attend(q, out, lse, first_row, start, span, memory, barriers, shape: _Shape) -> None:
     """A warp group's rows [ROWS, D] of q, out and lse.
 
     Args:
@@ -93,7 +94,7 @@ def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Opt
     q_tile, lse_tile = q_tile.at[mine], lse_tile.at[mine]
     plgpu.copy_gmem_to_smem(q, q_tile, q_here.at[mine])
     plgpu.barrier_wait(q_here.at[mine])
-    last_seen = start + lax.div(first_row + iota(0), options.group)
+    last_seen = start + lax.div(first_row + iota(0), shape.group)
 
     def body(masked, tile, carry):
         sums, high, total = carry
@@ -105,19 +106,19 @@ def _attend(q, out, lse, first_row, start, span, memory, barriers, options: _Opt
             return acc[...]
 
         scores = pl.run_scoped(product, plgpu.ACC((ROWS, TILE_TOKENS), jnp.float32))
-        scores, factor = soft_capped(scores, options.scale, options.cap)
+        scores, factor = soft_capped(scores, shape.scale, shape.cap)
         if masked:
             position = tile * TILE_TOKENS + iota(1)
             seen = position <= last_seen
-            if options.window is not None:
-                seen &= position > last_seen - options.window
+            if shape.window is not None:
+                seen &= position > last_seen - shape.window
             scores = jnp.where(seen, scores, LOWEST)
         higher = jnp.maximum(high, scores.max(axis=1) * factor)
         shrink = jnp.exp2(high - higher)
         weights = jnp.exp2(scores * factor - lax.broadcast_in_dim(higher, (ROWS, TILE_TOKENS), [0]))
         total = total * shrink + weights.sum(axis=1)
         sums *= lax.broadcast_in_dim(shrink, (ROWS, size), [0])
-        sums = _weigh(sums, weights.astype(q.dtype), weights_tile, v_tile.at[slot], v_here.at[slot], options.interpret)
+        sums = _weigh(sums, weights.astype(q.dtype), weights_tile, v_tile.at[slot], v_here.at[slot], shape.interpret)
         plgpu.barrier_arrive(free.at[slot])
         return sums, higher, total
 
@@ -158,12 +159,9 @@ def paged_prefill_attention(
     tables: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
+    sinks: jax.Array | None,
+    options: Options,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
     interpret: bool = False,
 ) -> Any:
     """See `api.paged_prefill_attention`. Sinks are merged in XLA."""
@@ -176,9 +174,9 @@ def paged_prefill_attention(
     stacked = q.reshape(tiles, c, kv_heads, group, size).swapaxes(1, 2).reshape(tiles, kv_heads, c * group, size)
     stacked = jnp.pad(stacked, ((0, 0), (0, 0), (0, rows - c * group), (0, 0)))
     tile = functools.partial(swizzled, dtype=q.dtype)
-    options = _Options(group, c, parts, scale, sliding_window, logit_soft_cap, interpret)
+    shape = _Shape(group, c, parts, options.scale, options.window, options.cap, interpret)
     out, lse = plgpu.kernel(
-        functools.partial(_kernel, options=options),
+        functools.partial(_kernel, shape=shape),
         out_type=[
             jax.ShapeDtypeStruct(stacked.shape, q.dtype),
             jax.ShapeDtypeStruct(stacked.shape[:-1], jnp.float32),
@@ -213,4 +211,4 @@ def paged_prefill_attention(
         with_sinks = jnp.logaddexp(lse, sinks.astype(jnp.float32))
         out, lse = out * jnp.exp(lse - with_sinks)[..., None], with_sinks
     out = jnp.where(asked[..., None], out, 0).astype(q.dtype)
-    return (out, jnp.where(asked, lse, -jnp.inf)) if return_lse else out
+    return (out, jnp.where(asked, lse, -jnp.inf)) if options.return_lse else out

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention import triton_softmax as softmax
 from pallas_kernels.paged_attention.merge import LOWEST
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 from pallas_kernels.paged_attention.softcap import LOG2_E
@@ -139,34 +140,29 @@ def paged_decode_attention(
     kv: KV,
     tables: jax.Array,
     lengths: jax.Array,
+    sinks: jax.Array | None,
+    shared: SharedPrefixes | None,
+    options: Options,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
-    split_tokens: int | None = None,
-    shared: SharedPrefixes | None = None,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Any:
     """See `api.paged_decode_attention`. Up to three launches: what rows share, their splits, and the merge."""
     rows, heads, size = q.shape
     tiles = tiles or tiles_for("decode", size, q.dtype.itemsize)
-    options = {"scale": scale, "window": sliding_window, "cap": logit_soft_cap}
     shape = softmax.shape_of(q, kv, tiles, 1, options)
     lengths = lengths.astype(jnp.int32)
-    begins = None if sliding_window is None else jnp.maximum(lengths - sliding_window, 0)
+    begins = None if options.window is None else jnp.maximum(lengths - options.window, 0)
     partials = []
-    if shared is not None and split_tokens is None:  # a fixed split of a row does not depend on its neighbours
+    if shared is not None and options.split_tokens is None:  # a fixed split of a row does not depend on its neighbours
         pieces, begins = _attend_shared(q, kv, tables, begins, shared, tiles, options, interpret)
         partials.append(pieces)
-    cut = _cut(shape, tiles, tables, FEWEST_TOKENS, split_tokens)
+    cut = _cut(shape, tiles, tables, FEWEST_TOKENS, options.split_tokens)
     splits = plan_splits(jnp.zeros_like(lengths) if begins is None else begins, lengths, tile=tiles.tokens, **cut)
     count, items = num_items(rows, **cut), splits.items
     if partials:
         items = items.at[:, 4].add(partials[0].runs[items[:, 0], 1])
-    results = like(q, q.shape, q.dtype), like(q, (rows, heads), jnp.float32) if return_lse else None
+    results = like(q, q.shape, q.dtype), like(q, (rows, heads), jnp.float32) if options.return_lse else None
     *done, part, part_lse = call(
         functools.partial(_decode_kernel, shape=shape),
         "paged_decode",
@@ -185,12 +181,12 @@ def paged_decode_attention(
             (rows, heads),
             (tuple(partials), tuple(done)),
             results,
-            aliased=1 + return_lse,
+            aliased=1 + options.return_lse,
             interpret=interpret,
             num_warps=2,
             num_stages=2,
         )
-    return tuple(done) if return_lse else done[0]
+    return tuple(done) if options.return_lse else done[0]
 
 
 def _attend_shared(
@@ -200,7 +196,7 @@ def _attend_shared(
     begins: jax.Array | None,
     shared: SharedPrefixes,
     tiles: Tiles,
-    options: dict,
+    options: Options,
     interpret: bool,
 ) -> tuple[_Partial, jax.Array]:
     """(Results over what the rows of each piece share, int32 [R] where the rest of each row begins)."""

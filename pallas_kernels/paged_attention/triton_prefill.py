@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention import triton_softmax as softmax
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV
 from pallas_kernels.paged_attention.softcap import LOG2_E
 from pallas_kernels.paged_attention.tiles import Tiles
@@ -60,19 +61,15 @@ def paged_prefill_attention(
     tables: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
+    sinks: jax.Array | None,
+    options: Options,
     *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
     tiles: Tiles | None = None,
     interpret: bool = False,
 ) -> Any:
     """See `api.paged_prefill_attention`. One launch."""
     rows, c, _, size = q.shape
     tiles = tiles or tiles_for("prefill", size, q.dtype.itemsize)
-    options = {"scale": scale, "window": sliding_window, "cap": logit_soft_cap}
     shape = softmax.shape_of(q, kv, tiles, c, options)
     inputs = softmax.inputs_of(q, kv, tables, lengths.astype(jnp.int32), starts.astype(jnp.int32), sinks)
     parts = pl.cdiv(c, shape.queries)
@@ -81,9 +78,9 @@ def paged_prefill_attention(
         "paged_prefill",
         (rows * parts, shape.kv_heads * shape.group_parts),
         (inputs,),
-        (like(q, q.shape, q.dtype), like(q, q.shape[:-1], jnp.float32) if return_lse else None),
+        (like(q, q.shape, q.dtype), like(q, q.shape[:-1], jnp.float32) if options.return_lse else None),
         interpret=interpret,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
-    return done if return_lse else done[0]
+    return done if options.return_lse else done[0]

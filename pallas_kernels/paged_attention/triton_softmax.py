@@ -19,6 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.paged_attention.merge import LOWEST
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values
 from pallas_kernels.paged_attention.softcap import LOG2_E, soft_capped
 from pallas_kernels.paged_attention.tiles import Tiles
@@ -160,7 +161,7 @@ def members(shape: Shape) -> tuple:
     return kv_head, query, kv_head * shape.group + member, real & (member < shape.group)
 
 
-def shape_of(q: jax.Array, kv: KV, chosen: Tiles, queries: int, options: dict) -> Shape:
+def shape_of(q: jax.Array, kv: KV, chosen: Tiles, queries: int, options: Options) -> Shape:
     _, _, kv_heads, block_size, size = pool_values(kv).shape
     group = q.shape[-2] // kv_heads
     heads = min(group, chosen.rows)
@@ -174,7 +175,9 @@ def shape_of(q: jax.Array, kv: KV, chosen: Tiles, queries: int, options: dict) -
         m=max(16, pl.next_power_of_2(queries * heads)),
         tile_tokens=chosen.tokens,
         pieces=pieces_of(size),
-        **options,
+        scale=options.scale,
+        window=options.window,
+        cap=options.cap,
     )
 
 

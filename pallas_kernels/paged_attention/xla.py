@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.paged_attention.merge import LOWEST
+from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
@@ -54,28 +55,22 @@ def paged_decode_attention(
     kv: KV,
     tables: jax.Array,
     lengths: jax.Array,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
-    split_tokens: int | None = None,
-    shared: SharedPrefixes | None = None,
+    sinks: jax.Array | None,
+    shared: SharedPrefixes | None,
+    options: Options,
 ) -> Any:
     """See `api.paged_decode_attention`. There are no splits; how long chunks are depends on the number of rows."""
-    del split_tokens
     rows, heads, size = q.shape
     kv_heads = pool_values(kv).shape[2]
     end = lengths.astype(jnp.int32)[:, None]  # [R, 1]
-    q = q.reshape(rows, kv_heads, -1, size) * scale
-    begin = _begin(end, sliding_window)
+    q = q.reshape(rows, kv_heads, -1, size) * options.scale
+    begin = _begin(end, options.window)
     seen = _nothing_seen(q, None if sinks is None else sinks.reshape(kv_heads, -1))
     if shared is not None:
-        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap)
-    out, lse = _attend(q, kv, tables, begin, end, seen, logit_soft_cap, 16 if rows >= 16 else 8)
+        seen, begin = _attend_shared(q, kv, tables, begin, seen, shared, options)
+    out, lse = _attend(q, kv, tables, begin, end, seen, options, 16 if rows >= 16 else 8)
     out = out.reshape(rows, heads, size).astype(q.dtype)
-    return (out, lse.reshape(rows, heads)) if return_lse else out
+    return (out, lse.reshape(rows, heads)) if options.return_lse else out
 
 
 def paged_prefill_attention(
@@ -84,12 +79,8 @@ def paged_prefill_attention(
     tables: jax.Array,
     starts: jax.Array,
     lengths: jax.Array,
-    *,
-    scale: float,
-    sliding_window: int | None = None,
-    logit_soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
-    return_lse: bool = False,
+    sinks: jax.Array | None,
+    options: Options,
 ) -> Any:
     """See `api.paged_prefill_attention`. A tile's queries of one KV head are stacked: [Hq / Hkv * C, D] a product."""
     tiles, c, heads, size = q.shape
@@ -97,27 +88,27 @@ def paged_prefill_attention(
     group = heads // kv_heads
     offsets = jnp.arange(c, dtype=jnp.int32)
     end = jnp.where(offsets < lengths[:, None], starts[:, None] + offsets + 1, 0)  # [P, C]
-    begin = _begin(end, sliding_window)
+    begin = _begin(end, options.window)
     stacked = q.reshape(tiles, c, kv_heads, group, size).transpose(0, 2, 3, 1, 4).reshape(tiles, kv_heads, -1, size)
     out, lse = _attend(
-        stacked * scale,
+        stacked * options.scale,
         kv,
         tables,
         jnp.tile(begin, (1, group)),
         jnp.tile(end, (1, group)),
         _nothing_seen(stacked, None if sinks is None else jnp.repeat(sinks.reshape(kv_heads, group), c, axis=1)),
-        logit_soft_cap,
+        options,
         max(1, 128 // c),
     )  # tiles together until products are worth two threads
     out = out.reshape(tiles, kv_heads, group, c, size).transpose(0, 3, 1, 2, 4)
     out = out.reshape(tiles, c, heads, size).astype(q.dtype)
-    if not return_lse:
+    if not options.return_lse:
         return out
     return out, lse.reshape(tiles, kv_heads, group, c).transpose(0, 3, 1, 2).reshape(tiles, c, heads)
 
 
-def _begin(end: jax.Array, sliding_window: int | None) -> jax.Array:
-    return jnp.zeros_like(end) if sliding_window is None else jnp.maximum(end - sliding_window, 0)
+def _begin(end: jax.Array, window: int | None) -> jax.Array:
+    return jnp.zeros_like(end) if window is None else jnp.maximum(end - window, 0)
 
 
 def _nothing_seen(q: jax.Array, sinks: jax.Array | None) -> Seen:
@@ -128,7 +119,7 @@ def _nothing_seen(q: jax.Array, sinks: jax.Array | None) -> Seen:
     return Seen(jnp.broadcast_to(sinks.astype(jnp.float32), shape), jnp.ones(shape), jnp.zeros(q.shape))
 
 
-def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap) -> tuple[Seen, jax.Array]:
+def _attend_shared(q, kv, tables, begin, seen, shared, options) -> tuple[Seen, jax.Array]:
     """Reads what rows share, once for all of them: their queries are stacked as if they were one row's.
 
     Returns: what the rows have seen, and where the rest of each begins ([R, 1]).
@@ -150,7 +141,7 @@ def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap) -> tuple[
         mine = jnp.where(mine < 0, rows, mine)
         piece = _online_softmax(
             kv,
-            logit_soft_cap,
+            options,
             CHUNK_BLOCKS,
             stack(q[mine]),
             tables[mine[:1]],
@@ -166,7 +157,7 @@ def _attend_shared(q, kv, tables, begin, seen, shared, logit_soft_cap) -> tuple[
     return jax.tree.map(lambda x: x[:rows], seen), begin[:rows]
 
 
-def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows) -> tuple[jax.Array, jax.Array]:
+def _attend(q, kv, tables, begin, end, seen, options, group_rows) -> tuple[jax.Array, jax.Array]:
     """Queries q [R, Hkv, M, D] see the positions begin <= p < end ([R, M or 1]) of their row, and what `seen` has.
 
     Returns: float32 like q, and the log of the sum of exponentials [R, Hkv, M].
@@ -181,7 +172,7 @@ def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows) -> tupl
     def in_groups(x):
         return jnp.pad(x, ((0, pad),) + ((0, 0),) * (x.ndim - 1))[order].reshape(-1, taken, *x.shape[1:])
 
-    loop = functools.partial(_online_softmax, kv, logit_soft_cap, chunk_blocks)
+    loop = functools.partial(_online_softmax, kv, options, chunk_blocks)
     results = lax.map(lambda group: loop(*group), jax.tree.map(in_groups, (q, tables, begin, end, seen)))
     back = jnp.argsort(order)[:rows]
     high, total, out = (x.reshape(rows + pad, *x.shape[2:])[back] for x in results)
@@ -189,7 +180,7 @@ def _attend(q, kv, tables, begin, end, seen, logit_soft_cap, group_rows) -> tupl
     return out / total[..., None], jnp.where(end[:, None] > 0, high + jnp.log(total), -jnp.inf)
 
 
-def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end, seen: Seen) -> Seen:
+def _online_softmax(kv: KV, options: Options, chunk_blocks, q, tables, begin, end, seen: Seen) -> Seen:
     """One group of rows, chunk by chunk: q [n, Hkv, M, D], tables [n, W], begin, end [n, M or 1].
 
     A row starts at the first chunk that it sees. Chunks are counted from position 0, so that sums do not depend on it.
@@ -223,8 +214,8 @@ def _online_softmax(kv: KV, logit_soft_cap, chunk_blocks, q, tables, begin, end,
         keys = gather(index)
         scores = jnp.einsum("xmd,xkd->xmk", q, keys, preferred_element_type=jnp.float32)
         scores = scores.reshape(n, kv_heads, m, span)
-        if logit_soft_cap is not None:
-            scores = jnp.tanh(scores / logit_soft_cap) * logit_soft_cap
+        if options.cap is not None:
+            scores = jnp.tanh(scores / options.cap) * options.cap
         position = ((first + i)[:, None] * span + jnp.arange(span))[:, None, None]  # [n, 1, 1, span]
         unseen = lax.optimization_barrier(jnp.where((position < end) & (position >= begin), 0.0, -jnp.inf))
         scores = lax.optimization_barrier(scores + unseen)
