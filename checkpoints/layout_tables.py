@@ -7,7 +7,7 @@ DeepMind gemma's `gm/nn/_modules.py` and `gm/ckpts/_compat.py`.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from checkpoints.errors import UnsupportedCheckpointError
 from checkpoints.layouts import Interleaved, Layout, Link, Path, Plus, Same, Scaled, Value
@@ -299,12 +299,21 @@ def detect(config: ModelConfig, found: dict[Path, tuple[int, ...]]) -> tuple[str
     return "DeepMind gemma", gemma(config, transposed=transposed, pattern=pattern)
 
 
-WRITTEN: dict[str, tuple[Path, Callable[[ModelConfig], Layout]]] = {
-    "orbax": (("params",), linen),
-    "nnx": ((), linen),
-    "maxtext": (("params", "params"), lambda config: maxtext(config, scanned=False)),
-    "maxtext-scanned": (("params", "params"), lambda config: maxtext(config, scanned=True)),
-    "tunix": ((), tunix),
-    "gemma": ((), lambda config: gemma(config, transposed=False)),
+class Written(NamedTuple):
+    """A format of Orbax directories that we write."""
+
+    below: Path
+    """Where the tree lies."""
+    table: Callable[[ModelConfig], Layout]
+    item: str = "state"
+    """Its name among the directory's checkpointables: other projects ask for theirs."""
+
+
+WRITTEN = {
+    "orbax": Written(("params",), linen),
+    "nnx": Written((), linen),
+    "maxtext": Written(("params", "params"), lambda config: maxtext(config, scanned=False), "items"),
+    "maxtext-scanned": Written(("params", "params"), lambda config: maxtext(config, scanned=True), "items"),
+    "tunix": Written((), tunix, "model_params"),
+    "gemma": Written((), lambda config: gemma(config, transposed=False)),
 }
-"""Formats of Orbax directories that we write: where the tree lies, and its table."""

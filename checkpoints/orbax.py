@@ -227,8 +227,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def save_tree(folder: Path, arrays: Mapping[Keys, Any]) -> None:
-    """Writes an Orbax v1 checkpoint of a nested dict, given as keys -> array, NumPy or JAX.
+def save_tree(folder: Path, arrays: Mapping[Keys, Any], name: str) -> None:
+    """Writes an Orbax v1 checkpoint of a nested dict, given as keys -> array, NumPy or JAX, under a name.
 
     Raises:
         CheckpointError: Orbax cannot write it.
@@ -240,6 +240,6 @@ def save_tree(folder: Path, arrays: Mapping[Keys, Any]) -> None:
         put(tree, keys, array)
     try:
         with quiet():
-            v1.save(folder.absolute(), tree)
+            v1.save(folder.absolute(), tree, checkpointable_name=name)
     except Exception as error:  # whatever Orbax and TensorStore raise
         raise CheckpointError(f"{folder}: Orbax cannot write it ({first_line(error)})") from error

@@ -132,15 +132,16 @@ def _save_folder(folder: Path, leaves: list[Leaf], flat: Mapping[tuple[str, ...]
 
 
 def _save_orbax(folder: Path, config: ModelConfig, flat: Mapping[tuple[str, ...], Any], format: str) -> None:
-    prefix, table = WRITTEN[format]
+    below, table, item = WRITTEN[format]
     layout = table(config)
     shapes, tail = stored_shapes(layout), ("value",) if format in ("nnx", "tunix") else ()
     save_tree(
         folder,
         {
-            (*prefix, *key, *tail): encode(links, shapes[key], lambda path: flat[path])
+            (*below, *key, *tail): encode(links, shapes[key], lambda path: flat[path])
             for key, links in by_key(layout).items()
         },
+        item,
     )
 
 

@@ -61,6 +61,12 @@ def test_a_round_trip_through_all_layouts_ends_where_it_began(name, tmp_path):
         assert ours == (theirs | {"dtype": "bfloat16"} if file == "config.json" else theirs)  # what the tensors are
 
 
+@pytest.mark.parametrize(("format", "item"), [("maxtext", "items"), ("tunix", "model_params"), ("orbax", "state")])
+def test_checkpointables_have_the_names_that_their_projects_ask_for(format, item, tmp_path):
+    convert(MODELS / "llama", tmp_path / "x", format=format)
+    assert [child.name for child in (tmp_path / "x").iterdir() if (child / "_METADATA").is_file()] == [item]
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_bfloat16_survives_too(name, tmp_path):
     convert(MODELS / name, tmp_path / "a", format="safetensors", dtype="bfloat16")
@@ -264,7 +270,7 @@ def test_scaled_queries_of_any_head_size_come_back(head_dim, dtype):
 def test_trees_in_memory_become_ours(family, format):
     checkpoint = load(MODELS / family, skip_tokenizer=True)
     flat = dict(flatten(checkpoint.params))
-    wrapped, table = WRITTEN[format]
+    wrapped, table, _ = WRITTEN[format]
     layout, theirs = table(checkpoint.config), {}
     shapes = stored_shapes(layout)
     for key, links in by_key(layout).items():

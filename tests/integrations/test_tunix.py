@@ -1,6 +1,10 @@
-"""Tunix's rollout worker over jpaged, beside Tunix's own. Skipped without google-tunix (`uv run --with google-tunix`)."""
+"""Tunix's rollout worker over jpaged, beside Tunix's own, and its checkpoints.
+
+Skipped without google-tunix (`uv run --with google-tunix`).
+"""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +20,10 @@ from tunix.rl import rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import CacheConfig, RolloutConfig
 from tunix.rl.rollout.vanilla_rollout import VanillaRollout
+from tunix.sft.checkpoint_manager import CheckpointManager
 
+import checkpoints
+from checkpoints.hf_config import config_to_hf
 from jpaged.integrations.tunix import JpagedRollout
 from jpaged.models.config import config_from_hf
 
@@ -43,12 +50,16 @@ class Bytes:
         return 130
 
 
+THEIR_CONFIG = llama3.ModelConfig(
+    **SIZES, embed_dim=64, hidden_dim=128, rope_theta=10_000, norm_eps=1e-5, weight_tying=False
+)
+
+
 @pytest.fixture(scope="module")
 def actor():
-    config = llama3.ModelConfig(
-        **SIZES, embed_dim=64, hidden_dim=128, rope_theta=10_000, norm_eps=1e-5, weight_tying=False
-    )
-    return llama3.Llama3(config, rngs=nnx.Rngs(3))  # says 129, its end, and never 130, which Tunix takes for padding
+    return llama3.Llama3(
+        THEIR_CONFIG, rngs=nnx.Rngs(3)
+    )  # says 129, its end, and never 130, which Tunix takes for padding
 
 
 @pytest.fixture(scope="module")
@@ -162,3 +173,16 @@ def test_tunix_trains_with_it(config, tmp_path):
     cluster.rollout.generate(PROMPTS, rollouts)
     assert cluster.rollout.llm.engine.weights_version >= 1
     assert len(served) == len(jax.tree.leaves(nnx.state(cluster.rollout.model(), nnx.Param)))
+
+
+def test_checkpoints_go_both_ways(config, tmp_path):
+    """What Tunix saved, jpaged loads; what jpaged saved as its step 7, Tunix restores."""
+    made, empty = (llama3.Llama3(THEIR_CONFIG, rngs=nnx.Rngs(seed)) for seed in (8, 9))
+    manager = CheckpointManager(str(tmp_path / "theirs"))
+    manager.save(1, made, force=True)
+    manager.close()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config_to_hf(config, "float32")))
+    read = checkpoints.load(tmp_path / "theirs", skip_tokenizer=True)
+    checkpoints.save(tmp_path / "ours" / "7", config, read.params, format="tunix")
+    assert CheckpointManager(str(tmp_path / "ours")).maybe_restore(empty)[0] == 7
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(empty, nnx.Param), nnx.state(made, nnx.Param))
