@@ -315,5 +315,5 @@ WRITTEN = {
     "maxtext": Written(("params", "params"), lambda config: maxtext(config, scanned=False), "items"),
     "maxtext-scanned": Written(("params", "params"), lambda config: maxtext(config, scanned=True), "items"),
     "tunix": Written((), tunix, "model_params"),
-    "gemma": Written((), lambda config: gemma(config, transposed=False)),
+    "gemma": Written((), lambda config: gemma(config, transposed=False), "default"),
 }

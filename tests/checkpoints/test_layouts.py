@@ -61,9 +61,11 @@ def test_a_round_trip_through_all_layouts_ends_where_it_began(name, tmp_path):
         assert ours == (theirs | {"dtype": "bfloat16"} if file == "config.json" else theirs)  # what the tensors are
 
 
-@pytest.mark.parametrize(("format", "item"), [("maxtext", "items"), ("tunix", "model_params"), ("orbax", "state")])
+@pytest.mark.parametrize(
+    ("format", "item"), [("maxtext", "items"), ("tunix", "model_params"), ("gemma", "default"), ("orbax", "state")]
+)
 def test_checkpointables_have_the_names_that_their_projects_ask_for(format, item, tmp_path):
-    convert(MODELS / "llama", tmp_path / "x", format=format)
+    convert(MODELS / "gemma2", tmp_path / "x", format=format)
     assert [child.name for child in (tmp_path / "x").iterdir() if (child / "_METADATA").is_file()] == [item]
 
 
