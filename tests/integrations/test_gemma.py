@@ -21,9 +21,8 @@ from gemma.gm.nn import _config
 import checkpoints
 from checkpoints.hf_config import config_to_hf
 from jpaged.models.config import config_from_hf
-from jpaged.models.registry import build
+from tests.integrations.alike import TOKENS, assert_alike, disturbed, our_logits, our_params
 
-TOKENS = np.random.default_rng(0).integers(10, 160, 24)  # 0 is padding there
 WINDOW = 8
 SIZES = {
     "vocab_size": 160,
@@ -87,21 +86,6 @@ def both(request):
     )
 
 
-def disturbed(params):
-    """No norm is as it began."""
-    draw = np.random.default_rng(1)
-    return jax.tree.map(lambda x: x + jnp.asarray(0.05 * draw.standard_normal(x.shape), x.dtype), params)
-
-
-def our_logits(config, params) -> np.ndarray:
-    model = build(config, jnp.dtype("float32"))
-    return np.asarray(model.apply({"params": params}, TOKENS[None], method="forward_logits"))[0]
-
-
-def assert_alike(ours, theirs) -> None:
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
-
-
 def test_what_gemma_wrote_is_read(both, tmp_path):
     gm.ckpts.save_params(both.params, tmp_path / "x", wait_until_finished=True)
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(both.config, "float32")))
@@ -112,7 +96,6 @@ def test_what_gemma_wrote_is_read(both, tmp_path):
 def test_what_jpaged_wrote_is_read_by_gemma(both, tmp_path):
     if both.transposed:
         pytest.skip("jpaged writes the other order")
-    model = build(both.config, jnp.dtype("float32"))
-    params = disturbed(model.init(jax.random.key(2), TOKENS[None], method="forward_logits")["params"])
+    params = our_params(both.config)
     checkpoints.save(tmp_path / "x", both.config, params, format="gemma")
     assert_alike(our_logits(both.config, params), both.logits(gm.ckpts.load_params(tmp_path / "x")))

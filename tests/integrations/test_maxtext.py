@@ -29,9 +29,8 @@ from maxtext.utils import maxtext_utils
 import checkpoints
 from checkpoints.hf_config import config_to_hf
 from jpaged.models.config import config_from_hf
-from jpaged.models.registry import build
+from tests.integrations.alike import TOKENS, assert_alike, disturbed, our_logits, our_params
 
-TOKENS = np.random.default_rng(0).integers(0, 160, 24)
 SIZES = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -163,26 +162,6 @@ def both(request):
     )
 
 
-def disturbed(params):
-    """No norm is one, and no bias zero. MaxText rounds a tied embedding to bfloat16 when it is the head."""
-    draw = np.random.default_rng(1)
-
-    def leaf(path, x):
-        x = x + jnp.asarray(0.05 * draw.standard_normal(x.shape), x.dtype)
-        return x.astype(jnp.bfloat16).astype(x.dtype) if path[-1].key == "embedding" else x
-
-    return jax.tree.map_with_path(leaf, params)
-
-
-def our_logits(config, params) -> np.ndarray:
-    model = build(config, jnp.dtype("float32"))
-    return np.asarray(model.apply({"params": params}, TOKENS[None], method="forward_logits"))[0]
-
-
-def assert_alike(ours, theirs) -> None:
-    np.testing.assert_allclose(ours, theirs, rtol=0, atol=2e-5 * np.abs(theirs).max())
-
-
 def test_what_maxtext_wrote_is_read(both, tmp_path):
     checkpointing.save_params_to_path(str(tmp_path / "0"), both.params)
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(both.config, "float32")))
@@ -191,8 +170,7 @@ def test_what_maxtext_wrote_is_read(both, tmp_path):
 
 
 def test_what_jpaged_wrote_is_read_by_maxtext(both, tmp_path):
-    model = build(both.config, jnp.dtype("float32"))
-    params = disturbed(model.init(jax.random.key(2), TOKENS[None], method="forward_logits")["params"])
+    params = our_params(both.config)
     checkpoints.save(tmp_path / "x", both.config, params, format=both.format)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), both.params)
     restored = checkpointing.load_params_from_path(str(tmp_path / "x"), abstract, 8)
