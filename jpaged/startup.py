@@ -40,6 +40,7 @@ from jpaged.runtime.runner import Runner
 from jpaged.scheduling import Bucket, Scheduler, Variant
 from jpaged.scheduling.ngrams import NgramSpeculator
 from jpaged.scheduling.plan import make_buckets
+from jpaged.scheduling.sharing import MEMBERS
 from jpaged.source import Source, ToLinen, on_disk
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def resolve_limits(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -
         tile_size=tile,
         max_num_batched_tokens=batched,
         # XLA:CPU gains by longer products, while a GPU's kernel keeps a piece's queries in registers.
-        buckets=make_buckets(lanes, tiles, tile, piece_members=16 if on_cpu else 8),
+        buckets=make_buckets(lanes, tiles, tile, piece_members=16 if on_cpu else MEMBERS),
     )
 
 

@@ -26,7 +26,7 @@ import numpy as np
 
 from jpaged.memory import Swapped
 from jpaged.sampling_params import MAX_LOGPROBS, SamplingParams
-from jpaged.scheduling.sharing import Piece
+from jpaged.scheduling.sharing import MEMBERS, Piece, fewest_members
 from jpaged.scheduling.speculation import Guesses, lanes
 from jpaged.sequence import Sequence, SequenceGroup
 
@@ -39,7 +39,7 @@ class Bucket(NamedTuple):
 
     decode_rows: int
     prefill_tiles: int
-    piece_members: int = 8
+    piece_members: int = MEMBERS
     """Rows of the decode lane whose shared blocks are read together, at most."""
 
     def packed_size(self, groups: int) -> int:
@@ -49,7 +49,7 @@ class Bucket(NamedTuple):
     @property
     def num_pieces(self) -> int:
         """Such pieces, at most."""
-        return self.decode_rows // (self.piece_members // 2)
+        return self.decode_rows // fewest_members(self.piece_members)
 
     @property
     def num_results(self) -> int:
@@ -265,7 +265,7 @@ def smallest_bucket(buckets: tuple[Bucket, ...], decode_rows: int, tiles: int, r
     raise ValueError(f"no bucket holds {decode_rows} rows, {tiles} tiles and {results} results")
 
 
-def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int, piece_members: int = 8) -> tuple[Bucket, ...]:
+def make_buckets(max_num_seqs: int, max_tiles: int, tile_size: int, piece_members: int = MEMBERS) -> tuple[Bucket, ...]:
     """The default shapes: about a dozen, whatever the limits.
 
     Decode-only steps are the many ones, so their lane has fine sizes; steps with a prefill lane are dominated

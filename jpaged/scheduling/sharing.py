@@ -16,6 +16,8 @@ import numpy as np
 
 from jpaged.memory import BlockManager
 
+MEMBERS = 8
+"""Rows that are read together at most, unless an engine says otherwise."""
 MIN_SAVED_TOKENS = 512
 """A piece costs a few products and moves of its own: what is read less must be worth them."""
 
@@ -27,11 +29,16 @@ class Piece(NamedTuple):
     num_blocks: int
 
 
+def fewest_members(members: int) -> int:
+    """Of a piece of at most so many rows: with fewer than half, its padding would cost what it saves."""
+    return members // 2
+
+
 class SharingFinder:
     """Finds the pieces of each step; nothing is looked for again until rows or tables have changed.
 
     Args:
-      members: rows of a piece at most. It has half as many at least, or its padding would cost what it saves.
+      members: rows of a piece at most.
       min_saved_tokens: of reading, by a piece.
     """
 
@@ -48,7 +55,7 @@ class SharingFinder:
         return self._pieces
 
     def _find(self, rows: np.ndarray, positions: np.ndarray) -> list[Piece]:
-        blocks, least = self._blocks, self._members // 2
+        blocks, least = self._blocks, fewest_members(self._members)
         full = positions // blocks.block_size  # blocks before the one that is written
         readers = blocks.allocator.refs[blocks.tables[rows, 0]]
         if len(rows):

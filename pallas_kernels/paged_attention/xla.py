@@ -20,10 +20,10 @@ from pallas_kernels.paged_attention.options import Options
 from pallas_kernels.paged_attention.quantized import KV, QuantizedKV, pool_values, quantize
 from pallas_kernels.paged_attention.shared import SharedPrefixes
 
-GATHERED_BLOCKS = 64
-"""Of all rows that are read together: their keys and values must stay in the second-level cache."""
 CHUNK_BLOCKS = 8
-"""Of a row, unless more than 8 rows are read together."""
+"""Of a row, in one turn of the loop; fewer if more than 8 rows are read together."""
+GATHERED_BLOCKS = 64
+"""Of all those rows together, at most: their keys and values must stay in the second-level cache."""
 
 
 class Seen(NamedTuple):
